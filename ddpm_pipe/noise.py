@@ -1,0 +1,174 @@
+"""The forward process q of DDPM: how much noise there is at each timestep, and what follows from it in closed form.
+
+Pure functions on tensors, torch only. Tables are float64 of shape (T,); an `alpha_bar` argument is a 0-d tensor (one
+noise level for the whole batch) or of shape (B,) (one per image), and broadcasts over images of shape (B, C, H, W).
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# ---------------------------------------------------------------- schedules: name -> betas of shape (T,)
+
+
+def _linear(steps: int, beta_start: float, beta_end: float) -> Tensor:
+    """DDPM (Ho et al. 2020), section 4: beta grows linearly."""
+    return torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
+
+
+def _linear_rescaled(steps: int, beta_start: float, beta_end: float) -> Tensor:
+    """`linear` with both ends multiplied by 1000 / T, so that a chain of any length destroys the image equally."""
+    return _linear(steps, beta_start * 1000 / steps, beta_end * 1000 / steps).clamp(max=0.999)
+
+
+def _scaled_linear(steps: int, beta_start: float, beta_end: float) -> Tensor:
+    """Latent diffusion (Rombach et al. 2022): the square root of beta grows linearly."""
+    return torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
+
+
+def _sigmoid(steps: int, beta_start: float, beta_end: float) -> Tensor:
+    """diffusers' `sigmoid` (from GeoDiff, Xu et al. 2022): beta itself follows a sigmoid over [-6, 6]."""
+    return torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid() * (beta_end - beta_start) + beta_start
+
+
+def _betas_from_alpha_bar(alpha_bar: Callable[[Tensor], Tensor], steps: int) -> Tensor:
+    """Betas whose running product follows `alpha_bar` on [0, 1], capped at 0.999 (Improved DDPM, section 3.2)."""
+    curve = alpha_bar(torch.linspace(0, 1, steps + 1, dtype=torch.float64))
+    return (1 - curve[1:] / curve[:-1]).clamp(max=0.999)
+
+
+def _cosine(steps: int, beta_start: float, beta_end: float) -> Tensor:
+    """Improved DDPM (Nichol & Dhariwal 2021), eq. 17, offset s = 0.008."""
+    return _betas_from_alpha_bar(lambda u: torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2, steps)
+
+
+def _laplace(steps: int, beta_start: float, beta_end: float) -> Tensor:
+    """diffusers' `laplace` (Hang & Gu 2024): log SNR follows the quantiles of a Laplace distribution."""
+
+    def alpha_bar(u: Tensor) -> Tensor:
+        side = torch.where(u > 0.5, -1.0, 1.0)
+        snr = torch.exp(-0.5 * side * torch.log(1 - 2 * (0.5 - u).abs() + 1e-6))
+        return (snr / (1 + snr)).sqrt()
+
+    return _betas_from_alpha_bar(alpha_bar, steps)
+
+
+def _sigmoid_alpha_bar(steps: int, beta_start: float, beta_end: float) -> Tensor:
+    """The sigmoid of Jabri, Fleet & Chen (2022) and Chen (2023): alpha_bar follows a sigmoid over [-3, 3], tau = 1."""
+
+    def alpha_bar(u: Tensor) -> Tensor:
+        low, high = torch.tensor([-3.0, 3.0], dtype=torch.float64).sigmoid()
+        return (high - (6 * u - 3).sigmoid()) / (high - low)
+
+    return _betas_from_alpha_bar(alpha_bar, steps)
+
+
+BETA_SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {
+    "linear": _linear,
+    "linear_rescaled": _linear_rescaled,
+    "scaled_linear": _scaled_linear,
+    "squaredcos_cap_v2": _cosine,
+    "cosine": _cosine,
+    "sigmoid": _sigmoid,
+    "sigmoid_alpha_bar": _sigmoid_alpha_bar,
+    "laplace": _laplace,
+}
+
+
+def make_betas(name: str, steps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
+    """Variances beta_t of the one-step kernels q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I), DDPM eq. 2.
+
+    Args:
+        name: a key of `BETA_SCHEDULES`.
+        steps: T, the number of training timesteps.
+        beta_start, beta_end: the range of beta in (0, 1); read by the schedules that have a range.
+
+    Returns:
+        float64 betas of shape (T,), each in (0, 1).
+
+    Raises:
+        ValueError: for an unknown name, or where a beta would leave (0, 1).
+    """
+    if name not in BETA_SCHEDULES:
+        raise ValueError(f"beta_schedule={name!r} is unknown; use one of {', '.join(BETA_SCHEDULES)}.")
+    if steps < 1:
+        raise ValueError(f"num_train_timesteps={steps} must be at least 1.")
+    betas = BETA_SCHEDULES[name](steps, beta_start, beta_end)
+    if not ((betas > 0) & (betas < 1)).all():
+        raise ValueError(
+            f"beta_start={beta_start}, beta_end={beta_end} put a beta of {name!r} outside (0, 1): "
+            f"{betas.min():.3g} to {betas.max():.3g}."
+        )
+    return betas
+
+
+def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Shift and scale sqrt(alpha_bar) so that nothing of the image is left at T (Lin et al. 2024, Algorithm 1).
+
+    Args:
+        betas: shape (T,).
+
+    Returns:
+        float64 betas of shape (T,); the first is unchanged and the last is exactly 1.
+    """
+    root = torch.cumprod(1 - betas.double(), 0).sqrt()
+    alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    alphas = torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+    return 1 - alphas
+
+
+# ---------------------------------------------------------------- closed forms
+
+
+def signal_and_noise(alpha_bar: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """sqrt(alpha_bar) and sqrt(1 - alpha_bar), shaped to multiply images `like` of shape (B, ...).
+
+    1 - alpha_bar is formed in the precision of the table: in half precision it would be lost near t = 0.
+    """
+    return broadcast(alpha_bar.sqrt(), like), broadcast((1 - alpha_bar).sqrt(), like)
+
+
+def broadcast(coefficient: Tensor, like: Tensor) -> Tensor:
+    """A 0-d or (B,) coefficient as a tensor that multiplies images of shape (B, ...), in float32 or better.
+
+    A 0-d tensor stays where it is (a CPU scalar multiplies a GPU tensor without a copy).
+    """
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if coefficient.ndim == 0:
+        return coefficient.to(dtype)
+    return coefficient.to(like.device, dtype, non_blocking=True).view(-1, *[1] * (like.ndim - 1))
+
+
+def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+    """x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps: a draw from q(x_t | x0) (DDPM eq. 4), in the dtype of x0."""
+    signal, noise = signal_and_noise(alpha_bar, x0)
+    return (signal * x0 + noise * eps).to(x0.dtype)
+
+
+def posterior_coefficients(alpha_bar_t: Tensor, alpha_bar_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Coefficients of q(x_s | x_t, x0) for any earlier step s < t (DDPM eq. 6-7, with beta_t of the step t -> s).
+
+    Args:
+        alpha_bar_t, alpha_bar_s: noise levels of the later and the earlier step, 0-d, (B,) or whole tables; s = -1
+            (the clean image) has alpha_bar 1.
+
+    Returns:
+        The factor of x0, the factor of x_t and the variance beta_tilde, each shaped like the arguments.
+    """
+    alpha = alpha_bar_t / alpha_bar_s
+    beta = 1 - alpha
+    noise_t, noise_s = 1 - alpha_bar_t, 1 - alpha_bar_s
+    return alpha_bar_s.sqrt() * beta / noise_t, alpha.sqrt() * noise_s / noise_t, noise_s / noise_t * beta
+
+
+def posterior(x0: Tensor, x_t: Tensor, alpha_bar_t: Tensor, alpha_bar_s: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of shape (B, ...) and variance (shaped like the noise levels) of q(x_s | x_t, x0), DDPM eq. 6-7."""
+    of_x0, of_x_t, variance = posterior_coefficients(alpha_bar_t, alpha_bar_s)
+    return broadcast(of_x0, x0) * x0 + broadcast(of_x_t, x0) * x_t, variance
+
+
+def snr(alpha_bar: Tensor) -> Tensor:
+    """Signal-to-noise ratio alpha_bar / (1 - alpha_bar) (Kingma et al. 2021, eq. 2)."""
+    return alpha_bar / (1 - alpha_bar)

@@ -1,0 +1,190 @@
+"""Sampling images: Algorithm 2 of DDPM with any scheduler, as a diffusers pipeline."""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ddpm_pipe.prediction import PREDICTIONS
+from ddpm_pipe.schedulers import check_choice
+
+# The classes that a saved model_index.json names must be importable where a folder is loaded.
+from ddpm_pipe.unet import DDPMUNet2DModel  # noqa: F401
+
+OUTPUT_TYPES = ("pil", "np", "pt")
+
+
+class DDPMPipeline(DiffusionPipeline):
+    """Unconditional and class-conditional generation in pixel space.
+
+    Args:
+        unet: a `DDPMUNet2DModel` or a `diffusers.UNet2DModel`.
+        scheduler: of this package or of diffusers; what the network predicts is its `prediction_type`.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["sample", "pred_original_sample"]
+
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        eta: float = 0.0,
+        class_labels: int | list[int] | Tensor | None = None,
+        guidance_scale: float = 1.0,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, Tensor, dict], dict | None] | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("sample",),
+    ) -> ImagePipelineOutput | tuple:
+        """Sample images (DDPM, Algorithm 2).
+
+        Args:
+            batch_size: number of images B.
+            generator: source of all noise; a list has one per image, and then an image depends on its own alone.
+            num_inference_steps: 1 to T; None takes all T timesteps of the training chain.
+            eta: noise of DDIM, 0 to 1; only for schedulers whose `step` takes it.
+            class_labels: one class for all images or one per image; None draws without a class.
+            guidance_scale: classifier-free guidance (Ho & Salimans 2022): 1 is the plain conditional model, more than 1
+                pushes away from the unconditional one.
+            output_type: "pil", "np" (B, H, W, C) in [0, 1] or "pt" (B, C, H, W) in [0, 1].
+            return_dict: return an `ImagePipelineOutput` instead of a tuple.
+            callback_on_step_end: called as (pipeline, step index, timestep, tensors) after each step; tensors that it
+                returns replace those of the loop.
+            callback_on_step_end_tensor_inputs: which tensors it is given, of `_callback_tensor_inputs`.
+
+        Raises:
+            ValueError: for an argument that this network or scheduler cannot honour, naming it.
+        """
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        for name in callback_on_step_end_tensor_inputs:
+            check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"generator is a list of {len(generator)} for batch_size={batch_size}; give one per image."
+            )
+        step_options = self._step_options(generator, eta)
+        labels = self._labels(class_labels, batch_size, guidance_scale)
+
+        scheduler = self.scheduler
+        steps = scheduler.config.num_train_timesteps
+        if num_inference_steps is None:
+            num_inference_steps = steps
+        if not 1 <= num_inference_steps <= steps:
+            raise ValueError(
+                f"num_inference_steps={num_inference_steps} must lie between 1 and num_train_timesteps={steps}."
+            )
+        scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        sample = self._initial_noise(batch_size, generator) * scheduler.init_noise_sigma
+        pred_original_sample = torch.zeros_like(sample)
+
+        for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
+            model_input = scheduler.scale_model_input(sample, t)
+            model_output = self._denoise(model_input, t, labels, guidance_scale, pred_original_sample)
+            step = scheduler.step(model_output, t, sample, **step_options)
+            sample, pred_original_sample = step.prev_sample, step.get("pred_original_sample")
+            if pred_original_sample is None:
+                pred_original_sample = self._pred_original_sample(model_output, t, model_input)
+
+            if callback_on_step_end is not None:
+                tensors = {"sample": sample, "pred_original_sample": pred_original_sample}
+                offered = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                tensors |= callback_on_step_end(self, i, t, offered) or {}
+                sample, pred_original_sample = tensors["sample"], tensors["pred_original_sample"]
+
+        images = self._to_images(sample, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    # ------------------------------------------------------------ what the loop is made of
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images, from the network's config."""
+        config = self.unet.config
+        if config.sample_size is None:
+            raise ValueError(
+                "the network's config has no sample_size, so the size of its images is unknown; set it there."
+            )
+        size = config.sample_size
+        return config.in_channels, *((size, size) if isinstance(size, int) else size)
+
+    def _initial_noise(self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+        """x_T ~ N(0, I), (B, C, H, W) in float32: the chain is kept in full precision whatever the network's."""
+        return randn_tensor((batch_size, *self.image_shape), generator, self._execution_device, torch.float32)
+
+    def _denoise(self, model_input: Tensor, t: Tensor, labels: Tensor | None, scale: float, last_x0: Tensor) -> Tensor:
+        """The network's output for x_t with guidance: (B, C, H, W), or (B, 2C, H, W) with learned variance."""
+        channels = model_input.shape[1]
+        options = {}
+        if self.unet.config.get("self_condition"):
+            options["self_cond"] = last_x0.to(self.unet.dtype)
+        if labels is not None:
+            options["class_labels"] = labels
+        guided = labels is not None and len(labels) > len(model_input)
+        if guided:  # one pass for both: the second half of the labels is the null class
+            model_input = torch.cat([model_input, model_input])
+            options |= {name: torch.cat([value, value]) for name, value in options.items() if name == "self_cond"}
+        output = self.unet(model_input.to(self.unet.dtype), t, **options).sample.float()
+        if guided:
+            output, unconditional = output.chunk(2)
+            prediction = torch.lerp(unconditional[:, :channels], output[:, :channels], scale)
+            output = torch.cat([prediction, output[:, channels:]], dim=1)
+        if (
+            output.shape[1] > channels
+            and "variance_type" not in inspect.signature(type(self.scheduler).__init__).parameters
+        ):
+            output = output[:, :channels]
+        return output
+
+    def _pred_original_sample(self, model_output: Tensor, t: Tensor, model_input: Tensor) -> Tensor:
+        """The estimate of x0 for self-conditioning, for schedulers whose `step` does not return it."""
+        alpha_bar = torch.take(self.scheduler.alphas_cumprod.to(t.device), t.long())
+        prediction = model_output[:, : model_input.shape[1]]
+        return PREDICTIONS[self.scheduler.config.prediction_type].x0(prediction, model_input, alpha_bar).clamp(-1, 1)
+
+    def _labels(self, class_labels: int | list[int] | Tensor | None, batch_size: int, scale: float) -> Tensor | None:
+        """Labels (B,) for the network; with guidance (2B,), the second half being the null class."""
+        classes = self.unet.config.get("num_class_embeds")
+        if classes is None:
+            if class_labels is not None or scale != 1.0:
+                raise ValueError("class_labels and guidance_scale need a network with classes; this one has none.")
+            return None
+        # a stock UNet2DModel has no null class of its own: by convention it is the last of its embeddings
+        null = getattr(self.unet, "null_class", classes - 1)
+        labels = torch.as_tensor(null if class_labels is None else class_labels, device=self._execution_device)
+        if labels.ndim > 0 and len(labels) != batch_size:
+            raise ValueError(
+                f"class_labels has {len(labels)} entries for batch_size={batch_size}; give one, or one per image."
+            )
+        if labels.min() < 0 or labels.max() > null:
+            raise ValueError(f"class_labels must lie between 0 and {null} (the null class).")
+        labels = labels.expand(batch_size)
+        if scale == 1.0 or class_labels is None:
+            return labels
+        return torch.cat([labels, torch.full_like(labels, null)])
+
+    def _step_options(self, generator: torch.Generator | list[torch.Generator] | None, eta: float) -> dict:
+        """The keywords that this scheduler's `step` takes, of those that the caller gave."""
+        known = inspect.signature(self.scheduler.step).parameters
+        if eta and "eta" not in known:
+            raise ValueError(f"eta={eta} has no meaning for {type(self.scheduler).__name__}; use DDIMScheduler.")
+        options = {"generator": generator, "eta": eta}
+        return {name: value for name, value in options.items() if name in known}
+
+    def _to_images(self, sample: Tensor, output_type: str):
+        images = (sample / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        images = images.cpu().permute(0, 2, 3, 1).numpy()
+        return images if output_type == "np" else self.numpy_to_pil(images)

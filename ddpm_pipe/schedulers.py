@@ -1,0 +1,419 @@
+"""DDPM and DDIM samplers with the interface of diffusers' schedulers, thin over `noise` and `prediction`.
+
+They take the constructor keys of `diffusers.DDPMScheduler` / `DDIMScheduler` with the same meaning and defaults and give
+the same numbers, except where those are wrong; tests/test_schedulers.py lists each difference. Tables are float64, `step`
+computes in float32 or better and never waits for the device.
+"""
+
+import importlib
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ddpm_pipe.noise import (
+    BETA_SCHEDULES,
+    add_noise,
+    broadcast,
+    make_betas,
+    posterior,
+    rescale_zero_terminal_snr,
+    signal_and_noise,
+)
+from ddpm_pipe.prediction import PREDICTIONS, eps_from_x0, velocity
+
+STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+"""The beta schedules that every scheduler of diffusers knows."""
+
+LEARNED_VARIANCES = ("learned", "learned_range")
+VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", *LEARNED_VARIANCES)
+
+
+# ---------------------------------------------------------------- timesteps: (T, count, offset) -> increasing steps
+
+
+def _linspace(steps: int, count: int, offset: int) -> np.ndarray:
+    return np.linspace(0, steps - 1, count).round()
+
+
+def _leading(steps: int, count: int, offset: int) -> np.ndarray:
+    return np.arange(count) * (steps // count) + offset
+
+
+def _trailing(steps: int, count: int, offset: int) -> np.ndarray:
+    return (steps - np.arange(count) * (steps / count)).round()[::-1] - 1
+
+
+def _quadratic(steps: int, count: int, offset: int) -> np.ndarray:
+    """The CIFAR-10 setting of DDIM (Song et al. 2021, appendix D.2): tau_i = c i^2 up to 0.8 T.
+
+    Near 0 the rounded squares coincide; each is raised to one more than the last, so that the count is kept.
+    """
+    squares = (np.linspace(0, np.sqrt(0.8 * steps), count) ** 2).astype(np.int64)
+    index = np.arange(count)
+    return np.maximum.accumulate(squares - index) + index
+
+
+TIMESTEP_SPACINGS: dict[str, Callable[[int, int, int], np.ndarray]] = {
+    "linspace": _linspace,
+    "leading": _leading,
+    "trailing": _trailing,
+    "quadratic": _quadratic,
+}
+"""How `count` of T timesteps are chosen; the first three are Table 2 of Lin et al. (2024)."""
+
+
+def check_choice(name: str, value: str, accepted: Collection[str]) -> None:
+    """Raise one sentence naming the argument and the accepted values where `value` is not one of them."""
+    if value not in accepted:
+        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(accepted)}.")
+
+
+# ---------------------------------------------------------------- what both samplers share
+
+
+class _DiffusionScheduler(SchedulerMixin, ConfigMixin):
+    """A chain of noise levels, the timesteps chosen from it, and the network's output turned into x0 and eps."""
+
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    order = 1
+    init_noise_sigma = 1.0
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type]:
+        """diffusers' schedulers: SchedulerMixin would look the names up in this package."""
+        diffusers = importlib.import_module("diffusers")
+        return [cls, *(getattr(diffusers, name) for name in cls._compatibles if hasattr(diffusers, name))]
+
+    def _build(self, final_alpha_bar_is_one: bool = True) -> None:
+        """Check the config and make the tables; called at the end of each `__init__`."""
+        config = self.config
+        check_choice("prediction_type", config.prediction_type, PREDICTIONS)
+        check_choice("timestep_spacing", config.timestep_spacing, TIMESTEP_SPACINGS)
+        betas = self._betas()
+
+        alpha_bar = torch.cumprod(1 - betas, 0)
+        final = torch.ones(1, dtype=torch.float64) if final_alpha_bar_is_one else alpha_bar[:1]
+        self._alpha_bar = torch.cat([final, alpha_bar])  # float64, (T + 1,): entry t + 1 is alpha_bar_t, t >= -1
+
+        self.betas = betas.float()
+        self.alphas = (1 - betas).float()
+        self.alphas_cumprod = alpha_bar.float()
+
+        self.num_inference_steps: int | None = None
+        self.custom_timesteps = False
+        self._set(np.arange(config.num_train_timesteps))
+
+    def _betas(self) -> Tensor:
+        """float64 betas (T,) of the config. A schedule that diffusers lacks is also written out as `trained_betas`, so
+        that any scheduler of diffusers made from this config has the same noise levels."""
+        config = self.config
+        if config.trained_betas is None:
+            betas = make_betas(config.beta_schedule, config.num_train_timesteps, config.beta_start, config.beta_end)
+            if config.beta_schedule not in STOCK_SCHEDULES:
+                explicit = [key for key in config.get("_use_default_values", []) if key != "trained_betas"]
+                self.register_to_config(trained_betas=betas.tolist(), _use_default_values=explicit)
+        else:
+            check_choice("beta_schedule", config.beta_schedule, BETA_SCHEDULES)
+            betas = torch.as_tensor(np.asarray(config.trained_betas, dtype=np.float64))
+            if betas.shape != (config.num_train_timesteps,) or not ((betas > 0) & (betas <= 1)).all():
+                raise ValueError(
+                    f"trained_betas must hold num_train_timesteps={config.num_train_timesteps} values in (0, 1], "
+                    f"got shape {tuple(betas.shape)}."
+                )
+        return rescale_zero_terminal_snr(betas) if config.rescale_betas_zero_snr else betas
+
+    # ------------------------------------------------------------ timesteps
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> None:
+        """Choose the timesteps of sampling.
+
+        Args:
+            num_inference_steps: how many of the T training timesteps, 1 to T, spaced as `timestep_spacing` says.
+            device: where `timesteps` should lie; None leaves them on the CPU.
+            timesteps: instead of a count, the timesteps themselves: strictly decreasing, T - 1 to 0.
+
+        Raises:
+            ValueError: where both or neither are given, or a timestep lies outside the chain.
+        """
+        steps = self.config.num_train_timesteps
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("set_timesteps takes exactly one of num_inference_steps and timesteps.")
+        if timesteps is not None:
+            chosen = np.asarray(timesteps, dtype=np.int64)[::-1]
+            if chosen.size == 0 or (np.diff(chosen) <= 0).any() or chosen[0] < 0 or chosen[-1] >= steps:
+                raise ValueError(f"timesteps must be strictly decreasing values from {steps - 1} to 0.")
+        else:
+            if not 1 <= num_inference_steps <= steps:
+                raise ValueError(
+                    f"num_inference_steps={num_inference_steps} must lie between 1 and num_train_timesteps={steps}."
+                )
+            offset = self.config.steps_offset
+            chosen = TIMESTEP_SPACINGS[self.config.timestep_spacing](steps, num_inference_steps, offset)
+            if chosen[-1] >= steps:
+                raise ValueError(f"steps_offset={offset} moves a timestep past the last of {steps}; use a smaller one.")
+        self.custom_timesteps = timesteps is not None
+        self.num_inference_steps = len(chosen)
+        self._set(chosen, device)
+
+    def _set(self, increasing: np.ndarray, device: str | torch.device | None = None) -> None:
+        chosen = torch.from_numpy(increasing.astype(np.int64))
+        self.timesteps = chosen.flip(0).to(device)
+        # Entry t is the chosen timestep before t, or -1: a table, so that `step` needs no search and no host sync.
+        below = torch.searchsorted(chosen, torch.arange(self.config.num_train_timesteps))
+        self._previous = torch.cat([torch.tensor([-1]), chosen])[below].to(device)
+        self._alpha_bar = self._alpha_bar.to(device)
+
+    def previous_timestep(self, timestep: int | Tensor) -> Tensor:
+        """The timestep that follows `timestep` in sampling, -1 after the last; shaped like `timestep`."""
+        t = torch.as_tensor(timestep)
+        self._previous = self._previous.to(t.device)
+        return self._previous.index_select(0, t.reshape(-1)).view(t.shape)
+
+    def alpha_bar_at(self, timestep: int | Tensor) -> Tensor:
+        """float64 alpha_bar at timesteps >= -1, shaped like `timestep` and on its device."""
+        t = torch.as_tensor(timestep)
+        if self._alpha_bar.device != t.device:
+            self._alpha_bar = self._alpha_bar.to(t.device)
+        return self._alpha_bar.index_select(0, t.reshape(-1).long() + 1).view(t.shape)
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    # ------------------------------------------------------------ the forward process
+
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
+        """`sample` as it is: these samplers keep x_t in the network's own scale."""
+        return sample
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t ~ q(x_t | x0) for images and noise (B, C, H, W) and timesteps (B,), DDPM eq. 4."""
+        return add_noise(original_samples, noise, self.alpha_bar_at(timesteps))
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """v (Salimans & Ho 2022) of clean images `sample` and noise (B, C, H, W) at timesteps (B,)."""
+        return velocity(sample, noise, self.alpha_bar_at(timesteps)).to(sample.dtype)
+
+    # ------------------------------------------------------------ the denoised image
+
+    def _clip(self, x0: Tensor) -> Tensor:
+        """x0 clipped or dynamically thresholded (Saharia et al. 2022, section 2.3), as the config says."""
+        if self.config.thresholding:
+            magnitude = x0.flatten(1).abs().float()
+            bound = magnitude.quantile(self.config.dynamic_thresholding_ratio, dim=1)
+            bound = broadcast(bound.clamp(1, self.config.sample_max_value), x0)
+            return x0.clamp(-bound, bound) / bound
+        if self.config.clip_sample:
+            return x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        return x0
+
+
+def _at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor if tensor.dtype == torch.float64 else tensor.float() for tensor in tensors)
+
+
+# ---------------------------------------------------------------- DDPM
+
+
+class DDPMScheduler(_DiffusionScheduler):
+    """Ancestral sampling (DDPM, Ho et al. 2020, Algorithm 2), with the interface of `diffusers.DDPMScheduler`.
+
+    Args:
+        num_train_timesteps: T, the length of the training chain.
+        beta_start, beta_end: the range of beta in (0, 1), for the schedules that have one.
+        beta_schedule: a key of `noise.BETA_SCHEDULES`.
+        trained_betas: T betas in (0, 1] that replace the schedule.
+        variance_type: variance of the reverse kernel. `fixed_small`: beta_tilde, the posterior's; `fixed_large`: beta;
+            with or without `_log` they are the same numbers. `learned`: the second half of the network's 2C output
+            channels is the variance itself; `learned_range`: it interpolates between both in the log domain
+            (Improved DDPM, eq. 15).
+        clip_sample, clip_sample_range: clip the predicted x0 to +- the range (image units, [-1, 1] is the data).
+        prediction_type: a key of `prediction.PREDICTIONS`.
+        thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding instead of clipping.
+        timestep_spacing: a key of `TIMESTEP_SPACINGS`.
+        steps_offset: added to the timesteps of `leading`.
+        rescale_betas_zero_snr: rescale betas to zero terminal SNR (Lin et al. 2024).
+
+    Raises:
+        ValueError: for an unknown value, naming the accepted ones.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        variance_type: str = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+    ):
+        check_choice("variance_type", variance_type, VARIANCE_TYPES)
+        self.variance_type = variance_type
+        self._build()
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+        """Draw x_s from p(x_s | x_t), s being the next chosen timestep (DDPM, Algorithm 2, lines 3-4).
+
+        Args:
+            model_output: the network's output, (B, C, H, W), or (B, 2C, H, W) with learned variance.
+            timestep: t, an int or a tensor, 0-d or (B,).
+            sample: x_t, (B, C, H, W).
+            generator: of the noise; a list has one per image.
+
+        Returns:
+            `prev_sample`, x_s in the dtype of `sample` (the mean alone where s = -1), and `pred_original_sample`, x0.
+
+        Raises:
+            ValueError: where the channels of `model_output` do not fit `variance_type`.
+        """
+        output, x_t = _at_least_float32(model_output, sample)
+        output, variance_output = self._split(output, x_t)
+        t = torch.as_tensor(timestep)
+        s = self.previous_timestep(t)
+        alpha_bar_t, alpha_bar_s = self.alpha_bar_at(t), self.alpha_bar_at(s)
+
+        x0 = self._clip(PREDICTIONS[self.config.prediction_type].x0(output, x_t, alpha_bar_t))
+        mean, _ = posterior(x0, x_t, alpha_bar_t, alpha_bar_s)
+        log_variance = self._log_variance(alpha_bar_t, alpha_bar_s, variance_output, x_t)
+        z = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+        x_s = mean + broadcast(s >= 0, x_t) * (0.5 * log_variance).exp() * z
+
+        x_s, x0 = x_s.to(sample.dtype), x0.to(sample.dtype)
+        return DDPMSchedulerOutput(prev_sample=x_s, pred_original_sample=x0) if return_dict else (x_s, x0)
+
+    def _split(self, output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The prediction (B, C, H, W) and, with learned variance, the variance channels (B, C, H, W)."""
+        channels, learned = x_t.shape[1], self.config.variance_type in LEARNED_VARIANCES
+        expected = 2 * channels if learned else channels
+        if output.shape[1] != expected:
+            raise ValueError(
+                f"variance_type={self.config.variance_type!r} needs a network output of {expected} channels for images "
+                f"of {channels}, got {output.shape[1]}; learned and learned_range take twice the image's channels."
+            )
+        return (output[:, :channels], output[:, channels:]) if learned else (output, None)
+
+    def _log_variance(self, alpha_bar_t: Tensor, alpha_bar_s: Tensor, output: Tensor | None, like: Tensor) -> Tensor:
+        """Log of the reverse kernel's variance, broadcast over images `like` (B, C, H, W)."""
+        beta = 1 - alpha_bar_t / alpha_bar_s
+        small = ((1 - alpha_bar_s) / (1 - alpha_bar_t) * beta).clamp(min=1e-20).log()
+        large = beta.log()
+        if self.config.variance_type == "learned":
+            return output.clamp(min=1e-20).log()
+        if self.config.variance_type == "learned_range":
+            share = (output + 1) / 2
+            return share * broadcast(large, like) + (1 - share) * broadcast(small, like)
+        return broadcast(large if "large" in self.config.variance_type else small, like)
+
+
+# ---------------------------------------------------------------- DDIM
+
+
+class DDIMScheduler(_DiffusionScheduler):
+    """Implicit sampling (DDIM, Song et al. 2021, eq. 12 and 16), with the interface of `diffusers.DDIMScheduler`.
+
+    The arguments are those of `DDPMScheduler`, without `variance_type` (the variance channels of a network with learned
+    variance are ignored), and `set_alpha_to_one`: whether the last step ends at the clean image (True) or at the noise
+    level of timestep 0.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        clip_sample: bool = True,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        rescale_betas_zero_snr: bool = False,
+    ):
+        self._build(final_alpha_bar_is_one=set_alpha_to_one)
+        self.final_alpha_cumprod = self._alpha_bar[0].float()
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
+        """Go from x_t to x_s, s being the next chosen timestep (DDIM eq. 12).
+
+        Args:
+            model_output: the network's output, (B, C, H, W), or (B, 2C, H, W) with learned variance.
+            timestep: t, an int or a tensor, 0-d or (B,).
+            sample: x_t, (B, C, H, W).
+            eta: the noise added, 0 (deterministic) to 1 (the posterior's, as DDPM with `fixed_small`).
+            use_clipped_model_output: derive the noise anew from the clipped x0.
+            generator: of the noise; a list has one per image.
+            variance_noise: the noise itself, (B, C, H, W), instead of a generator.
+
+        Returns:
+            `prev_sample`, x_s in the dtype of `sample`, and `pred_original_sample`, x0.
+
+        Raises:
+            ValueError: where both a generator and noise are given.
+        """
+        if generator is not None and variance_noise is not None:
+            raise ValueError("step takes a generator or variance_noise, not both.")
+        output, x_t = _at_least_float32(model_output[:, : sample.shape[1]], sample)
+        t = torch.as_tensor(timestep)
+        alpha_bar_t, alpha_bar_s = self.alpha_bar_at(t), self.alpha_bar_at(self.previous_timestep(t))
+
+        row = PREDICTIONS[self.config.prediction_type]
+        x0 = self._clip(row.x0(output, x_t, alpha_bar_t))
+        eps = eps_from_x0(x0, x_t, alpha_bar_t) if use_clipped_model_output else row.eps(output, x_t, alpha_bar_t)
+        # eq. 16; the variance of the posterior where eta = 1
+        variance = eta**2 * (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
+        signal, _ = signal_and_noise(alpha_bar_s, x_t)
+        x_s = signal * x0 + broadcast((1 - alpha_bar_s - variance).clamp(min=0).sqrt(), x_t) * eps
+        if eta > 0:
+            if variance_noise is None:
+                variance_noise = randn_tensor(
+                    sample.shape, generator=generator, device=sample.device, dtype=sample.dtype
+                )
+            x_s = x_s + broadcast(variance.sqrt(), x_t) * variance_noise
+
+        x_s, x0 = x_s.to(sample.dtype), x0.to(sample.dtype)
+        return DDIMSchedulerOutput(prev_sample=x_s, pred_original_sample=x0) if return_dict else (x_s, x0)

@@ -1,0 +1,404 @@
+"""The denoising network of the reference implementation, with the interface of diffusers' UNet2DModel.
+
+Self-contained (torch and diffusers only): this file travels with shared checkpoints. Read it from the bottom up:
+`DDPMUNet2DModel`, its down, middle and up levels, then the blocks they are made of. Feature maps are (B, C, H, W), the
+time embedding `temb` is (B, D).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------- time
+
+
+class SinusoidalEmbedding(nn.Module):
+    """Fixed sines, then cosines, of geometrically spaced frequencies (Vaswani et al. 2017; DDPM, appendix B)."""
+
+    def __init__(self, dim: int, theta: float = 10_000.0):
+        super().__init__()
+        if dim % 2 or dim < 4:
+            raise ValueError(f"block_out_channels[0]={dim} must be even and at least 4 for the time embedding.")
+        self.dim, self.theta = dim, theta
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        half = self.dim // 2
+        index = torch.arange(half, dtype=torch.float32, device=timestep.device)
+        angle = timestep.float()[:, None] * torch.exp(index * (-math.log(self.theta) / (half - 1)))
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class FourierEmbedding(nn.Module):
+    """Sines and cosines of Gaussian frequencies beside t itself; the frequencies are learned or stay random."""
+
+    def __init__(self, dim: int, learned: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(dim // 2), requires_grad=learned)
+        self.dim = dim + 1
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        t = timestep.float()[:, None]
+        angle = t * self.weight.float() * (2 * math.pi)
+        return torch.cat([t, angle.sin(), angle.cos()], dim=1)
+
+
+TIME_EMBEDDINGS = {
+    "positional": SinusoidalEmbedding,
+    "learned_fourier": lambda dim: FourierEmbedding(dim, learned=True),
+    "random_fourier": lambda dim: FourierEmbedding(dim, learned=False),
+}
+
+
+class TimeMLP(nn.Module):
+    """Linear, exact GELU, Linear on the embedded timestep."""
+
+    def __init__(self, in_dim: int, dim: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, embedded: Tensor) -> Tensor:
+        return self.linear_2(F.gelu(self.linear_1(embedded)))
+
+
+# ---------------------------------------------------------------- convolution blocks
+
+
+class WeightStandardizedConv2d(nn.Conv2d):
+    """A convolution whose filters are brought to zero mean and unit variance (Qiao et al. 2019)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.float()
+        variance, mean = torch.var_mean(weight, dim=(1, 2, 3), correction=0, keepdim=True)
+        weight = (weight - mean) * (variance + 1e-5).rsqrt()
+        return self._conv_forward(x, weight.to(self.weight.dtype), self.bias)
+
+
+class ResnetBlock(nn.Module):
+    """Two times convolution, GroupNorm, SiLU, with the time's scale and shift in the first, around a skip."""
+
+    def __init__(self, in_ch: int, out_ch: int, temb_dim: int, groups: int, dropout: float, standardize: bool):
+        super().__init__()
+        conv = WeightStandardizedConv2d if standardize else nn.Conv2d
+        self.time_emb_proj = nn.Linear(temb_dim, 2 * out_ch)
+        self.conv1 = conv(in_ch, out_ch, 3, padding=1)
+        self.norm1 = nn.GroupNorm(groups, out_ch)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = conv(out_ch, out_ch, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, out_ch)
+        self.conv_shortcut = nn.Conv2d(in_ch, out_ch, 1) if in_ch != out_ch else nn.Identity()
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        scale, shift = self.time_emb_proj(F.silu(temb))[:, :, None, None].chunk(2, dim=1)
+        h = F.silu(self.norm1(self.conv1(x)) * (scale + 1) + shift)
+        h = F.silu(self.norm2(self.conv2(self.dropout(h))))
+        return h + self.conv_shortcut(x)
+
+
+# ---------------------------------------------------------------- attention
+
+
+class ChannelLayerNorm(nn.Module):
+    """LayerNorm over the channels of each pixel, with a gain and no bias."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), self.weight, eps=1e-5)
+        return normed.permute(0, 3, 1, 2)
+
+
+class FullAttention(nn.Module):
+    """Softmax attention between all pixels: cost grows with the square of H * W."""
+
+    def __init__(self, channels: int, heads: int, head_dim: int):
+        super().__init__()
+        self.heads = heads
+        self.to_qkv = nn.Conv2d(channels, 3 * heads * head_dim, 1, bias=False)
+        self.to_out = nn.Conv2d(heads * head_dim, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        qkv = self.to_qkv(x).unflatten(1, (3, self.heads, -1)).flatten(-2).transpose(-1, -2)
+        q, k, v = qkv.unbind(1)  # (B, heads, H * W, head_dim)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out(out.transpose(-1, -2).flatten(1, 2).unflatten(-1, (height, width)))
+
+
+class LinearAttention(nn.Module):
+    """Attention with separate softmaxes of queries and keys (Shen et al. 2021): cost grows with H * W."""
+
+    def __init__(self, channels: int, heads: int, head_dim: int):
+        super().__init__()
+        self.heads, self.scale = heads, head_dim**-0.5
+        self.to_qkv = nn.Conv2d(channels, 3 * heads * head_dim, 1, bias=False)
+        self.to_out = nn.Conv2d(heads * head_dim, channels, 1)
+        self.norm_out = ChannelLayerNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        q, k, v = self.to_qkv(x).unflatten(1, (3, self.heads, -1)).flatten(-2).unbind(1)  # (B, heads, head_dim, H * W)
+        q = q.softmax(dim=-2) * self.scale
+        k = k.softmax(dim=-1)
+        context = (v / (height * width)) @ k.transpose(-1, -2)
+        out = (context @ q).flatten(1, 2).unflatten(-1, (height, width))
+        return self.norm_out(self.to_out(out))
+
+
+class AttentionBlock(nn.Module):
+    """Attention behind a norm and around a skip."""
+
+    def __init__(self, attention: nn.Module, channels: int):
+        super().__init__()
+        self.norm = ChannelLayerNorm(channels)
+        self.attention = attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(self.norm(x))
+
+
+ATTENTIONS = {"linear": LinearAttention, "full": FullAttention}
+
+
+# ---------------------------------------------------------------- levels
+
+
+class DownLevel(nn.Module):
+    """ResNet blocks and attention at one resolution, then halve it. Returns every activation a later level will need."""
+
+    def __init__(self, resnets: list[nn.Module], attention: nn.Module, in_ch: int, out_ch: int, last: bool):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attention = attention
+        self.downsample = nn.Conv2d(in_ch, out_ch, 3, padding=1) if last else nn.Conv2d(in_ch, out_ch, 4, 2, 1)
+
+    def forward(self, x: Tensor, temb: Tensor) -> tuple[Tensor, list[Tensor]]:
+        skips = []
+        for resnet in self.resnets:
+            x = resnet(x, temb)
+            skips.append(x)
+        skips[-1] = x = self.attention(x)
+        return self.downsample(x), skips
+
+
+class UpLevel(nn.Module):
+    """ResNet blocks, each fed one stored activation, and attention; then double the resolution."""
+
+    def __init__(self, resnets: list[nn.Module], attention: nn.Module, in_ch: int, out_ch: int):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attention = attention
+        self.upsample = nn.Conv2d(in_ch, out_ch, 3, padding=1)
+
+    def forward(self, x: Tensor, temb: Tensor, skips: list[Tensor], size: torch.Size) -> Tensor:
+        for resnet, skip in zip(self.resnets, reversed(skips), strict=True):
+            x = resnet(torch.cat([x, skip], dim=1), temb)
+        x = self.attention(x)
+        if x.shape[-2:] != size:  # an odd size was rounded down on the way: go back to the very size it had
+            x = F.interpolate(x, size=size, mode="nearest")
+        return self.upsample(x)
+
+
+# ---------------------------------------------------------------- the network
+
+
+class DDPMUNet2DModel(ModelMixin, ConfigMixin):
+    """The UNet of the reference implementation: what DDPM's network is, with linear attention at every level.
+
+    Args:
+        sample_size: height and width of the images, an int or (height, width); any size of at least
+            2 ** (levels - 1) works, odd ones too.
+        in_channels, out_channels: channels of the noisy image and of the output; with learned variance the output has
+            twice the channels of the image.
+        block_out_channels: channels after each level; its length is the number of resolutions.
+        layers_per_block: ResNet blocks per level, on the way down and again on the way up.
+        norm_num_groups: groups of each GroupNorm; must divide every width.
+        attention_types: per level "linear", "full" or "none"; one value for all, or one per level from the highest
+            resolution down.
+        mid_attention_type: the same for the middle.
+        num_attention_heads, attention_head_dim: of every attention.
+        time_embedding_type: "positional" (sinusoidal), "learned_fourier" or "random_fourier".
+        weight_standardization: standardise the filters of the ResNet blocks.
+        dropout: probability in [0, 1), inside each ResNet block.
+        num_class_embeds: number of classes; labels are 0 to num_class_embeds - 1 and one more embedding, the null
+            class, stands for "no label".
+        self_condition: take the last estimate of x0 as additional input (Chen et al. 2023, Analog Bits).
+
+    Raises:
+        ValueError: for an unknown value or sizes that cannot work, naming the argument.
+    """
+
+    _supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns = ["norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] | None = None,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        block_out_channels: tuple[int, ...] = (64, 128, 256, 512),
+        layers_per_block: int = 2,
+        norm_num_groups: int = 8,
+        attention_types: str | tuple[str, ...] = "linear",
+        mid_attention_type: str = "full",
+        num_attention_heads: int = 4,
+        attention_head_dim: int = 32,
+        time_embedding_type: str = "positional",
+        weight_standardization: bool = True,
+        dropout: float = 0.0,
+        num_class_embeds: int | None = None,
+        self_condition: bool = False,
+    ):
+        super().__init__()
+        levels = len(block_out_channels)
+        if isinstance(attention_types, str):
+            attention_types = (attention_types,) * levels
+        self._check(attention_types)
+
+        width = block_out_channels[0]
+        temb_dim = 4 * width
+        self.time_proj = TIME_EMBEDDINGS[time_embedding_type](width)
+        self.time_embedding = TimeMLP(self.time_proj.dim, temb_dim)
+        self.class_embedding = None if num_class_embeds is None else nn.Embedding(num_class_embeds + 1, temb_dim)
+
+        def resnet(in_ch: int, out_ch: int) -> ResnetBlock:
+            return ResnetBlock(in_ch, out_ch, temb_dim, norm_num_groups, dropout, weight_standardization)
+
+        def attention(kind: str, channels: int) -> nn.Module:
+            if kind == "none":
+                return nn.Identity()
+            return AttentionBlock(ATTENTIONS[kind](channels, num_attention_heads, attention_head_dim), channels)
+
+        self.conv_in = nn.Conv2d(in_channels * (2 if self_condition else 1), width, 7, padding=3)
+
+        level_in = (width, *block_out_channels[:-1])
+        self.down_blocks = nn.ModuleList()
+        self.up_blocks = nn.ModuleList()
+        for i, (in_ch, out_ch, kind) in enumerate(zip(level_in, block_out_channels, attention_types, strict=True)):
+            down = [resnet(in_ch, in_ch) for _ in range(layers_per_block)]
+            self.down_blocks.append(DownLevel(down, attention(kind, in_ch), in_ch, out_ch, last=i == levels - 1))
+            up = [resnet(out_ch + in_ch, out_ch) for _ in range(layers_per_block)]
+            self.up_blocks.insert(0, UpLevel(up, attention(kind, out_ch), out_ch, in_ch))
+
+        mid = block_out_channels[-1]
+        self.mid_resnet_1 = resnet(mid, mid)
+        self.mid_attention = attention(mid_attention_type, mid)
+        self.mid_resnet_2 = resnet(mid, mid)
+
+        self.resnet_out = resnet(2 * width, width)
+        self.conv_out = nn.Conv2d(width, out_channels, 1)
+        self.gradient_checkpointing = False
+
+    def _check(self, attention_types: tuple[str, ...]) -> None:
+        """Raise one sentence where the config cannot make a network."""
+        config = self.config
+        levels = len(config.block_out_channels)
+        if config.time_embedding_type not in TIME_EMBEDDINGS:
+            raise ValueError(
+                f"time_embedding_type={config.time_embedding_type!r} is unknown; use one of {', '.join(TIME_EMBEDDINGS)}."
+            )
+        for name, kinds in (("attention_types", attention_types), ("mid_attention_type", (config.mid_attention_type,))):
+            unknown = set(kinds) - {*ATTENTIONS, "none"}
+            if unknown:
+                raise ValueError(f"{name}={unknown.pop()!r} is unknown; use one of {', '.join(ATTENTIONS)}, none.")
+        if len(attention_types) != levels:
+            raise ValueError(
+                f"attention_types has {len(attention_types)} entries for {levels} levels; give one or {levels}."
+            )
+        for channels in config.block_out_channels:
+            if channels % config.norm_num_groups:
+                raise ValueError(
+                    f"norm_num_groups={config.norm_num_groups} must divide block_out_channels, not {channels}."
+                )
+        if not 0 <= config.dropout < 1:
+            raise ValueError(f"dropout={config.dropout} must lie in [0, 1).")
+        if config.sample_size is not None:
+            size = config.sample_size
+            self._check_size(*((size, size) if isinstance(size, int) else size))
+
+    def _check_size(self, height: int, width: int) -> None:
+        levels = len(self.config.block_out_channels)
+        if min(height, width) < 2 ** (levels - 1):
+            raise ValueError(
+                f"images of {height}x{width} are too small for {levels} levels of block_out_channels: "
+                f"height and width must be at least {2 ** (levels - 1)}."
+            )
+
+    @property
+    def null_class(self) -> int | None:
+        """The label that stands for "no label", None for a network without classes."""
+        return self.config.num_class_embeds
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        class_labels: Tensor | None = None,
+        self_cond: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple[Tensor]:
+        """Predict what the scheduler's `prediction_type` says from a noisy image.
+
+        Args:
+            sample: x_t, (B, in_channels, H, W).
+            timestep: t, a number or a tensor, 0-d or (B,).
+            class_labels: (B,) integers, 0 to num_class_embeds (the null class); None is the null class for all.
+            self_cond: the last estimate of x0, shaped like `sample`; None is zeros.
+            return_dict: return a `UNet2DOutput` instead of a tuple.
+
+        Raises:
+            ValueError: for labels or an estimate that this network has no use for, or images too small for its levels.
+        """
+        temb = self._embed(timestep, class_labels, sample)
+        if self.config.self_condition:
+            self_cond = torch.zeros_like(sample) if self_cond is None else self_cond
+            sample = torch.cat([self_cond, sample], dim=1)
+        elif self_cond is not None:
+            raise ValueError("self_cond was given to a network with self_condition=False.")
+        self._check_size(*sample.shape[-2:])
+
+        x = stem = self.conv_in(sample)
+        skips, sizes = [], []
+        for level in self.down_blocks:
+            sizes.append(x.shape[-2:])
+            x, level_skips = self._run(level, x, temb)
+            skips.append(level_skips)
+
+        x = self._run(self.mid_resnet_1, x, temb)
+        x = self.mid_attention(x)
+        x = self._run(self.mid_resnet_2, x, temb)
+
+        # each level is left at the size of the one above it; the first at its own
+        sizes = [sizes[0], *sizes[:-1]]
+        for level, level_skips, size in zip(self.up_blocks, reversed(skips), reversed(sizes), strict=True):
+            x = self._run(level, x, temb, level_skips, size)
+
+        x = self.resnet_out(torch.cat([x, stem], dim=1), temb)
+        x = self.conv_out(x)
+        return UNet2DOutput(sample=x) if return_dict else (x,)
+
+    def _embed(self, timestep: Tensor | float | int, class_labels: Tensor | None, sample: Tensor) -> Tensor:
+        """The embedding (B, D) of the timestep and the class."""
+        timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
+        temb = self.time_embedding(self.time_proj(timestep).to(self.dtype))
+        if self.class_embedding is None:
+            if class_labels is not None:
+                raise ValueError("class_labels were given to a network without classes (num_class_embeds=None).")
+            return temb
+        if class_labels is None:
+            class_labels = torch.full((sample.shape[0],), self.null_class, device=sample.device)
+        return temb + self.class_embedding(class_labels)
+
+    def _run(self, block: nn.Module, *args):
+        """A block, its activations recomputed in the backward pass under gradient checkpointing."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, *args)
+        return block(*args)
