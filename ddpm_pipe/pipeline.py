@@ -186,5 +186,5 @@ class DDPMPipeline(DiffusionPipeline):
         images = (sample / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
-        images = images.cpu().permute(0, 2, 3, 1).numpy()
-        return images if output_type == "np" else self.numpy_to_pil(images)
+        array = images.cpu().permute(0, 2, 3, 1).numpy()
+        return array if output_type == "np" else self.numpy_to_pil(array)

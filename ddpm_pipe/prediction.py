@@ -75,7 +75,7 @@ PREDICTIONS: dict[str, Prediction] = {
 }
 
 
-# ---------------------------------------------------------------- loss weights: (row, snr, gamma, k) -> factor of the plain loss
+# ---------------------------------------------------------------- loss weights: (row, snr, gamma, k) -> factor
 
 
 def _p2(row: Prediction, snr: Tensor, gamma: float, k: float) -> Tensor:

@@ -1,8 +1,8 @@
 """DDPM and DDIM samplers with the interface of diffusers' schedulers, thin over `noise` and `prediction`.
 
-They take the constructor keys of `diffusers.DDPMScheduler` / `DDIMScheduler` with the same meaning and defaults and give
-the same numbers, except where those are wrong; tests/test_schedulers.py lists each difference. Tables are float64, `step`
-computes in float32 or better and never waits for the device.
+They take the constructor keys of `diffusers.DDPMScheduler` / `DDIMScheduler` with the same meaning and defaults, and give
+the same numbers, except where those are wrong; tests/test_schedulers_differences.py has each difference. Tables are
+float64, `step` computes in float32 or better and never waits for the device.
 """
 
 import importlib
@@ -151,7 +151,7 @@ class _DiffusionScheduler(SchedulerMixin, ConfigMixin):
         steps = self.config.num_train_timesteps
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("set_timesteps takes exactly one of num_inference_steps and timesteps.")
-        if timesteps is not None:
+        if num_inference_steps is None:
             chosen = np.asarray(timesteps, dtype=np.int64)[::-1]
             if chosen.size == 0 or (np.diff(chosen) <= 0).any() or chosen[0] < 0 or chosen[-1] >= steps:
                 raise ValueError(f"timesteps must be strictly decreasing values from {steps - 1} to 0.")
@@ -296,7 +296,7 @@ class DDPMScheduler(_DiffusionScheduler):
             ValueError: where the channels of `model_output` do not fit `variance_type`.
         """
         output, x_t = _at_least_float32(model_output, sample)
-        output, variance_output = self._split(output, x_t)
+        output, variance_output = self._split(output, x_t.shape[1])
         t = torch.as_tensor(timestep)
         s = self.previous_timestep(t)
         alpha_bar_t, alpha_bar_s = self.alpha_bar_at(t), self.alpha_bar_at(s)
@@ -310,25 +310,25 @@ class DDPMScheduler(_DiffusionScheduler):
         x_s, x0 = x_s.to(sample.dtype), x0.to(sample.dtype)
         return DDPMSchedulerOutput(prev_sample=x_s, pred_original_sample=x0) if return_dict else (x_s, x0)
 
-    def _split(self, output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The prediction (B, C, H, W) and, with learned variance, the variance channels (B, C, H, W)."""
-        channels, learned = x_t.shape[1], self.config.variance_type in LEARNED_VARIANCES
+    def _split(self, output: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+        """The prediction (B, C, H, W) and the variance channels: (B, C, H, W), or none where nothing is learned."""
+        learned = self.config.variance_type in LEARNED_VARIANCES
         expected = 2 * channels if learned else channels
         if output.shape[1] != expected:
             raise ValueError(
                 f"variance_type={self.config.variance_type!r} needs a network output of {expected} channels for images "
                 f"of {channels}, got {output.shape[1]}; learned and learned_range take twice the image's channels."
             )
-        return (output[:, :channels], output[:, channels:]) if learned else (output, None)
+        return output[:, :channels], output[:, channels:]
 
-    def _log_variance(self, alpha_bar_t: Tensor, alpha_bar_s: Tensor, output: Tensor | None, like: Tensor) -> Tensor:
+    def _log_variance(self, alpha_bar_t: Tensor, alpha_bar_s: Tensor, output: Tensor, like: Tensor) -> Tensor:
         """Log of the reverse kernel's variance, broadcast over images `like` (B, C, H, W)."""
+        if self.config.variance_type == "learned":
+            return output.clamp(min=1e-20).log()
         beta = 1 - alpha_bar_t / alpha_bar_s
         small = ((1 - alpha_bar_s) / (1 - alpha_bar_t) * beta).clamp(min=1e-20).log()
         large = beta.log()
-        if self.config.variance_type == "learned":
-            return output.clamp(min=1e-20).log()
-        if self.config.variance_type == "learned_range":
+        if self.config.variance_type == "learned_range":  # Improved DDPM, eq. 15
             share = (output + 1) / 2
             return share * broadcast(large, like) + (1 - share) * broadcast(small, like)
         return broadcast(large if "large" in self.config.variance_type else small, like)

@@ -6,6 +6,7 @@ time embedding `temb` is (B, D).
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,7 @@ class FourierEmbedding(nn.Module):
         return torch.cat([t, angle.sin(), angle.cos()], dim=1)
 
 
-TIME_EMBEDDINGS = {
+TIME_EMBEDDINGS: dict[str, Callable[[int], SinusoidalEmbedding | FourierEmbedding]] = {
     "positional": SinusoidalEmbedding,
     "learned_fourier": lambda dim: FourierEmbedding(dim, learned=True),
     "random_fourier": lambda dim: FourierEmbedding(dim, learned=False),
@@ -171,9 +172,9 @@ ATTENTIONS = {"linear": LinearAttention, "full": FullAttention}
 
 
 class DownLevel(nn.Module):
-    """ResNet blocks and attention at one resolution, then halve it. Returns every activation a later level will need."""
+    """ResNet blocks and attention at one resolution, then halve it. Returns also the activation after each block."""
 
-    def __init__(self, resnets: list[nn.Module], attention: nn.Module, in_ch: int, out_ch: int, last: bool):
+    def __init__(self, resnets: Sequence[nn.Module], attention: nn.Module, in_ch: int, out_ch: int, last: bool):
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
         self.attention = attention
@@ -191,7 +192,7 @@ class DownLevel(nn.Module):
 class UpLevel(nn.Module):
     """ResNet blocks, each fed one stored activation, and attention; then double the resolution."""
 
-    def __init__(self, resnets: list[nn.Module], attention: nn.Module, in_ch: int, out_ch: int):
+    def __init__(self, resnets: Sequence[nn.Module], attention: nn.Module, in_ch: int, out_ch: int):
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
         self.attention = attention
@@ -302,9 +303,8 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
         config = self.config
         levels = len(config.block_out_channels)
         if config.time_embedding_type not in TIME_EMBEDDINGS:
-            raise ValueError(
-                f"time_embedding_type={config.time_embedding_type!r} is unknown; use one of {', '.join(TIME_EMBEDDINGS)}."
-            )
+            accepted = ", ".join(TIME_EMBEDDINGS)
+            raise ValueError(f"time_embedding_type={config.time_embedding_type!r} is unknown; use one of {accepted}.")
         for name, kinds in (("attention_types", attention_types), ("mid_attention_type", (config.mid_attention_type,))):
             unknown = set(kinds) - {*ATTENTIONS, "none"}
             if unknown:
@@ -394,7 +394,7 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
                 raise ValueError("class_labels were given to a network without classes (num_class_embeds=None).")
             return temb
         if class_labels is None:
-            class_labels = torch.full((sample.shape[0],), self.null_class, device=sample.device)
+            class_labels = torch.tensor(self.null_class, device=sample.device).expand(sample.shape[0])
         return temb + self.class_embedding(class_labels)
 
     def _run(self, block: nn.Module, *args):
