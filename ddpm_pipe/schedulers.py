@@ -1,8 +1,8 @@
 """DDPM and DDIM samplers with the interface of diffusers' schedulers, thin over `noise` and `prediction`.
 
-They take the constructor keys of `diffusers.DDPMScheduler` / `DDIMScheduler` with the same meaning and defaults, and give
-the same numbers, except where those are wrong; tests/test_schedulers_differences.py has each difference. Tables are
-float64, `step` computes in float32 or better and never waits for the device.
+They take the constructor keys of `diffusers.DDPMScheduler` / `DDIMScheduler` with the same meaning and defaults, and
+give the same numbers, except where those are wrong; tests/test_schedulers_differences.py has each difference. Tables
+are float64, `step` computes in float32 or better and never waits for the device.
 """
 
 import importlib
@@ -182,7 +182,7 @@ class _DiffusionScheduler(SchedulerMixin, ConfigMixin):
         self._previous = self._previous.to(t.device)
         return self._previous.index_select(0, t.reshape(-1)).view(t.shape)
 
-    def alpha_bar_at(self, timestep: int | Tensor) -> Tensor:
+    def alpha_bar(self, timestep: int | Tensor) -> Tensor:
         """float64 alpha_bar at timesteps >= -1, shaped like `timestep` and on its device."""
         t = torch.as_tensor(timestep)
         if self._alpha_bar.device != t.device:
@@ -200,11 +200,11 @@ class _DiffusionScheduler(SchedulerMixin, ConfigMixin):
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t ~ q(x_t | x0) for images and noise (B, C, H, W) and timesteps (B,), DDPM eq. 4."""
-        return add_noise(original_samples, noise, self.alpha_bar_at(timesteps))
+        return add_noise(original_samples, noise, self.alpha_bar(timesteps))
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """v (Salimans & Ho 2022) of clean images `sample` and noise (B, C, H, W) at timesteps (B,)."""
-        return velocity(sample, noise, self.alpha_bar_at(timesteps)).to(sample.dtype)
+        return velocity(sample, noise, self.alpha_bar(timesteps)).to(sample.dtype)
 
     # ------------------------------------------------------------ the denoised image
 
@@ -299,7 +299,7 @@ class DDPMScheduler(_DiffusionScheduler):
         output, variance_output = self._split(output, x_t.shape[1])
         t = torch.as_tensor(timestep)
         s = self.previous_timestep(t)
-        alpha_bar_t, alpha_bar_s = self.alpha_bar_at(t), self.alpha_bar_at(s)
+        alpha_bar_t, alpha_bar_s = self.alpha_bar(t), self.alpha_bar(s)
 
         x0 = self._clip(PREDICTIONS[self.config.prediction_type].x0(output, x_t, alpha_bar_t))
         mean, _ = posterior(x0, x_t, alpha_bar_t, alpha_bar_s)
@@ -399,7 +399,7 @@ class DDIMScheduler(_DiffusionScheduler):
             raise ValueError("step takes a generator or variance_noise, not both.")
         output, x_t = _at_least_float32(model_output[:, : sample.shape[1]], sample)
         t = torch.as_tensor(timestep)
-        alpha_bar_t, alpha_bar_s = self.alpha_bar_at(t), self.alpha_bar_at(self.previous_timestep(t))
+        alpha_bar_t, alpha_bar_s = self.alpha_bar(t), self.alpha_bar(self.previous_timestep(t))
 
         row = PREDICTIONS[self.config.prediction_type]
         x0 = self._clip(row.x0(output, x_t, alpha_bar_t))

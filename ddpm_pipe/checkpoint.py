@@ -1,0 +1,141 @@
+"""Checkpoints of a run: written whole or not at all, checked when read, the oldest thrown away.
+
+A run folder holds `checkpoints/step-00001000/`, ..., each with its files and a `manifest.json` of their SHA-256 sums.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint could not be written or read; the message says what is still intact."""
+
+
+def sync(path: Path) -> None:
+    """Make a file or folder survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace_folder(folder: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a new folder, then put it in the place of `folder`: readers see the old one or the new one.
+
+    Raises:
+        CheckpointError: where the disk is full or the folder read-only; `folder` is then as it was.
+    """
+    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    try:
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        new.mkdir(parents=True)
+        write(new)
+        for path in new.rglob("*"):
+            sync(path)
+        sync(new)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise CheckpointError(f"{folder} could not be written ({error}); what was saved before is intact.") from error
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: the run folder.
+        keep_last: how many of the newest to keep, at least 1.
+        keep_every: keep also those whose step is a multiple of this; 0 for none.
+    """
+
+    def __init__(self, folder: Path, keep_last: int = 2, keep_every: int = 0):
+        self.folder = folder / "checkpoints"
+        self.keep_last, self.keep_every = keep_last, keep_every
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints on disk, increasing."""
+        found = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
+        return sorted(int(match[1]) for match in found if match)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def save(self, step: int, weights: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
+        """Write one checkpoint, then delete those no longer wanted.
+
+        Args:
+            step: optimizer steps done.
+            weights: file name without suffix -> state dict, as safetensors.
+            state: everything else, readable by `torch.load(weights_only=True)`.
+
+        Raises:
+            CheckpointError: where it cannot be written; earlier checkpoints are intact.
+        """
+
+        def write(folder: Path) -> None:
+            for name, tensors in weights.items():
+                whole = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+                safetensors.torch.save_file(whole, folder / f"{name}.safetensors")
+            torch.save(dict(state), folder / "state.pt")
+            sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+            (folder / MANIFEST).write_text(json.dumps({"step": step, "sha256": sums}, indent=2))
+
+        replace_folder(self.path(step), write)
+        self._delete_old()
+        return self.path(step)
+
+    def _delete_old(self) -> None:
+        for step in self.steps()[: -self.keep_last]:
+            if not self.keep_every or step % self.keep_every:
+                shutil.rmtree(self.path(step), ignore_errors=True)
+
+    def load(self) -> tuple[int, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+        """Step, weights and state of the newest checkpoint that can be read; None where there is none at all.
+
+        An unreadable one is reported and the one before it is taken.
+
+        Raises:
+            CheckpointError: where there are checkpoints and none can be read.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return step, *self._read(self.path(step))
+            except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+                logger.warning("checkpoint %s is unreadable (%s); taking the one before it.", self.path(step), error)
+        if steps:
+            raise CheckpointError(f"none of the {len(steps)} checkpoints in {self.folder} can be read.")
+        return None
+
+    def _read(self, folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        for name, expected in json.loads((folder / MANIFEST).read_text())["sha256"].items():
+            if _sha256(folder / name) != expected:
+                raise CheckpointError(f"{name} is not what its checksum says")
+        weights = {path.stem: safetensors.torch.load_file(path) for path in folder.glob("*.safetensors")}
+        return weights, torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

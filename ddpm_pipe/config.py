@@ -1,0 +1,80 @@
+"""One dataclass from a YAML or JSON file and flags."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+T = TypeVar("T")
+
+_FILE_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file.
+
+    Raises:
+        ValueError: where there is no such file or it holds no mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())  # JSON is YAML
+    except OSError as error:
+        raise ValueError(f"config file {str(path)!r} cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"config file {str(path)!r} is not valid YAML or JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config file {str(path)!r} must hold keys and values.")
+    return values
+
+
+def parse_config(config_class: Callable[..., T], argv: Sequence[str], **defaults: Any) -> T:
+    """Make a config of: a file named by the first argument, then flags (which win), then `defaults`.
+
+    Args:
+        config_class: a dataclass; its fields are the keys of the file and the flags.
+        argv: the command line without the program.
+        defaults: values that replace the dataclass's own defaults.
+
+    Raises:
+        ValueError: for unknown keys of the file or flags, naming the accepted ones.
+    """
+    argv = list(argv)
+    known = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
+    values = dict(defaults)
+    if argv and argv[0].endswith(_FILE_SUFFIXES):
+        path = Path(argv.pop(0))
+        values |= read_config_file(path)
+        unknown = [key for key in values if key not in known]
+        if unknown:
+            raise ValueError(f"{path} has unknown keys: {', '.join(unknown)}; known are {', '.join(known)}.")
+    parser = HfArgumentParser(config_class, allow_abbrev=False)
+    for action in parser._actions:  # a key that the file sets is no longer required as a flag
+        action.required = action.required and action.dest not in values
+    parser.set_defaults(**values)
+    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        raise ValueError(f"unknown arguments: {' '.join(unknown)}; known are --{', --'.join(known)}.")
+    return config
+
+
+def save_config(config: Any, path: Path) -> None:
+    """Write a dataclass as a YAML or JSON file that `parse_config` reads back."""
+    values = json.loads(json.dumps(dataclasses.asdict(config)))  # plain types only
+    if path.suffix == ".json":
+        path.write_text(json.dumps(values, indent=2) + "\n")
+    else:
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def main(function: Callable[[T], Any], config_class: Callable[..., T], **defaults: Any) -> None:
+    """Run `function` on the config of the command line; bad input ends in its sentence and exit code 2."""
+    try:
+        function(parse_config(config_class, sys.argv[1:], **defaults))
+    except ValueError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)

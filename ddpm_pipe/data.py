@@ -1,0 +1,323 @@
+"""A dataset id, a file or a folder -> uint8 images in memory -> batches, in an order that depends on the seed alone.
+
+How files become images: EXIF orientation is applied; palette and CMYK images become RGB; transparency is laid over
+white unless four channels are asked for; 16-bit greys are scaled to 8 bits; other sizes are resized and cropped to the
+centre.
+"""
+
+import io
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ddpm_pipe.randomness import generator
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""Number of channels -> mode of PIL."""
+
+_GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
+_FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".zip": "imagefolder"}
+
+
+# ---------------------------------------------------------------- finding the images
+
+
+def open_dataset(data: str, split: str = "train") -> datasets.Dataset:
+    """Open a dataset wherever it is.
+
+    Args:
+        data: a folder of images (class subfolders become labels), of parquet files or of `Dataset.save_to_disk`; a
+            parquet, arrow, tar or zip file or a glob of such files; or the id of a dataset on the Hub.
+        split: which split, where there are several.
+
+    Raises:
+        ValueError: where there is nothing to read, naming what was looked for.
+    """
+    path = Path(data).expanduser()
+    try:
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            found = datasets.load_from_disk(str(path))
+            return found[split] if isinstance(found, datasets.DatasetDict) else found
+        if path.suffix in _FILE_FORMATS:
+            return datasets.load_dataset(_FILE_FORMATS[path.suffix], data_files=str(path), split="train")
+        return datasets.load_dataset(str(path) if path.is_dir() else data, split=split)
+    except (FileNotFoundError, HFValidationError, HfHubHTTPError, ConnectionError, OSError) as error:
+        if path.is_dir():
+            raise ValueError(f"data={data!r} is a folder without images or parquet files.") from error
+        raise ValueError(
+            f"data={data!r} is neither a file nor a folder here, nor could it be read from the Hub "
+            f"({type(error).__name__}); give a folder of images, a parquet or arrow file or a dataset id."
+        ) from error
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"data={data!r} with split={split!r} could not be read: {error}") from error
+
+
+def find_image_column(dataset: datasets.Dataset, name: str | None = None) -> str:
+    """The column that holds the images: `name` if given, else the only one that looks like it.
+
+    Raises:
+        ValueError: for an unknown column, or where none or several hold images.
+    """
+    columns = dataset.column_names
+    if name is not None:
+        if name not in columns:
+            raise ValueError(f"image_column={name!r} is not in the data; its columns are {', '.join(columns)}.")
+        return name
+    found = [column for column, feature in dataset.features.items() if _holds_images(feature)]
+    if len(found) != 1:
+        what = "none of its columns holds images" if not found else f"several columns hold images: {', '.join(found)}"
+        raise ValueError(f"{what}; name one with image_column (columns: {', '.join(columns)}).")
+    return found[0]
+
+
+def _holds_images(feature: object) -> bool:
+    """An image feature, or what one looks like in a parquet file written without it."""
+    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
+
+
+def find_labels(dataset: datasets.Dataset, name: str | None = None) -> tuple[Tensor, list[str]]:
+    """Labels (N,) from 0 and the names of the classes: of column `name`, else of the only class-label column.
+
+    Raises:
+        ValueError: for an unknown column, or where no single one holds labels.
+    """
+    if name is None:
+        found = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
+        if len(found) != 1:
+            columns = ", ".join(dataset.column_names)
+            raise ValueError(
+                f"{len(found)} columns hold class labels; name one with label_column (columns: {columns})."
+            )
+        name = found[0]
+    elif name not in dataset.column_names:
+        raise ValueError(
+            f"label_column={name!r} is not in the data; its columns are {', '.join(dataset.column_names)}."
+        )
+    if not isinstance(dataset.features[name], datasets.ClassLabel):
+        dataset = dataset.class_encode_column(name)
+    return torch.tensor(dataset[name][:]), dataset.features[name].names
+
+
+# ---------------------------------------------------------------- decoding
+
+
+def _open_image(row: dict) -> Image.Image:
+    """A PIL image, upright, from the bytes or the path of a row; only the header is read."""
+    source = io.BytesIO(row["bytes"]) if row["bytes"] is not None else row["path"]
+    return ImageOps.exif_transpose(Image.open(source))
+
+
+def to_array(image: Image.Image, channels: int, size: tuple[int, int]) -> np.ndarray:
+    """A PIL image of any mode and size -> uint8 (channels, height, width), by the rules in the head of this module."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    elif channels != 4 and image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert(MODES[channels])
+    height, width = size
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
+
+
+@dataclass
+class Header:
+    """What is known of an image before its pixels are decoded; `error` where it cannot be opened."""
+
+    size: tuple[int, int] = (0, 0)
+    grey: bool = False
+    error: str | None = None
+
+
+def _read_header(row: dict) -> Header:
+    try:
+        image = _open_image(row)
+    except (OSError, ValueError, SyntaxError) as error:
+        return Header(error=str(error))
+    return Header((image.height, image.width), image.mode in _GREY_MODES)
+
+
+def choose_size(headers: Iterable[Header], resolution: list[int] | None) -> tuple[int, int]:
+    """Height and width of the training images: `resolution` (one number or two), else the one size that all have.
+
+    Raises:
+        ValueError: for an impossible resolution, or mixed sizes without one.
+    """
+    if resolution is not None:
+        if len(resolution) not in (1, 2) or min(resolution) < 1:
+            raise ValueError(f"resolution={resolution} must be one size or a height and a width, each at least 1.")
+        return resolution[0], resolution[-1]
+    sizes = Counter(header.size for header in headers)
+    if len(sizes) > 1:
+        common = ", ".join(f"{width}x{height} ({count})" for (height, width), count in sizes.most_common(3))
+        raise ValueError(f"the images have {len(sizes)} different sizes: {common}, ...; choose one with resolution.")
+    return next(iter(sizes))
+
+
+def choose_channels(headers: Iterable[Header], channels: int | None) -> int:
+    """Channels of the training images: as asked, else 1 where all are grey and 3 where all are coloured.
+
+    Raises:
+        ValueError: for a number that is not 1, 3 or 4, or grey and coloured images mixed without one.
+    """
+    if channels is not None:
+        if channels not in MODES:
+            raise ValueError(f"channels={channels} must be 1 (grey), 3 (RGB) or 4 (RGBA).")
+        return channels
+    grey = Counter(header.grey for header in headers)
+    if len(grey) > 1:
+        raise ValueError(
+            f"{grey[True]} images are grey and {grey[False]} are coloured; choose channels=1 or channels=3."
+        )
+    return 1 if grey[True] else 3
+
+
+# ---------------------------------------------------------------- the images
+
+
+@dataclass
+class ImageData:
+    """All images, decoded once.
+
+    Attributes:
+        images: uint8 (N, C, H, W).
+        labels: int64 (N,) or None.
+        class_names: names of the classes, by label.
+        column: the column the images were found in.
+        skipped: one line for each image that could not be read.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    class_names: tuple[str, ...] = ()
+    column: str = ""
+    skipped: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def describe(self) -> str:
+        """The plan that is printed before training starts."""
+        count, channels, height, width = self.images.shape
+        lines = [
+            f"{count} images of {width}x{height}, {channels} channel{'s' * (channels > 1)}, "
+            f"{self.images.nbytes / 2**20:.1f} MiB in memory, from column {self.column!r}"
+        ]
+        if self.labels is not None:
+            lines.append(f"{len(self.class_names)} classes: {', '.join(self.class_names)}")
+        if self.skipped:
+            lines.append(f"{len(self.skipped)} unreadable images skipped:")
+            lines.extend(f"  {line}" for line in self.skipped)
+        return "\n".join(lines)
+
+
+def load_images(
+    data: str,
+    split: str = "train",
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    with_labels: bool = False,
+    resolution: list[int] | None = None,
+    channels: int | None = None,
+) -> ImageData:
+    """Open a dataset and decode all of it.
+
+    Args:
+        data, split: as in `open_dataset`.
+        image_column, label_column: where the images and labels are; None finds them.
+        with_labels: read the labels too.
+        resolution: [size] or [height, width] in pixels; None keeps the size that all images have.
+        channels: 1, 3 or 4; None is 1 where all images are grey, else 3.
+
+    Raises:
+        ValueError: for anything that cannot become one tensor of images, in one sentence.
+    """
+    dataset = open_dataset(data, split)
+    column = find_image_column(dataset, image_column)
+    labels, names = find_labels(dataset, label_column) if with_labels else (None, [])
+    rows = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+
+    headers = _map_rows(_read_header, rows, column)
+    readable = [header for header in headers if header.error is None]
+    if not readable:
+        raise ValueError(f"data={data!r} has no image that can be read in column {column!r} ({len(headers)} rows).")
+    size, channels = choose_size(readable, resolution), choose_channels(readable, channels)
+
+    def decode(row: dict) -> np.ndarray | str:
+        try:
+            return to_array(_open_image(row), channels, size)
+        except (OSError, ValueError, SyntaxError) as error:
+            return str(error)
+
+    decoded = _map_rows(decode, rows, column)
+    kept = [i for i, image in enumerate(decoded) if not isinstance(image, str)]
+    skipped = [
+        f"row {i} ({rows[i][column]['path']}): {image}" for i, image in enumerate(decoded) if isinstance(image, str)
+    ]
+    images = torch.from_numpy(np.stack([decoded[i] for i in kept]))
+    return ImageData(images, labels if labels is None else labels[kept], tuple(names), column, tuple(skipped))
+
+
+def _map_rows(function: Callable, rows: datasets.Dataset, column: str) -> list:
+    """`function` of every image cell, in order, on all cores (PIL decodes outside the interpreter lock)."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(function, (row[column] for row in rows), chunksize=64))
+
+
+# ---------------------------------------------------------------- batches
+
+
+class Batches:
+    """Shuffled, flipped batches: which images make up a step is a function of (seed, step).
+
+    The images are taken epoch after epoch without a gap, so that a batch may reach into the next epoch.
+
+    Args:
+        data: the images.
+        batch_size: images per optimizer step, over all processes.
+        seed: of the order and the flips.
+        flip: mirror each image with probability 1/2.
+    """
+
+    def __init__(self, data: ImageData, batch_size: int, seed: int, flip: bool = False):
+        self.data, self.batch_size, self.seed, self.flip = data, batch_size, seed, flip
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+
+    def indices(self, step: int) -> Tensor:
+        """Which images make up optimizer step `step`, (batch_size,)."""
+        positions = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs = positions // len(self.data)
+        return torch.cat([self._permutation(int(e))[positions[epochs == e] % len(self.data)] for e in epochs.unique()])
+
+    def _permutation(self, epoch: int) -> Tensor:
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = torch.randperm(len(self.data), generator=generator(self.seed, "order", epoch))
+        return self._order
+
+    def __call__(self, step: int, rows: slice, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor | None]:
+        """A part of the batch of optimizer step `step`.
+
+        Returns:
+            x0 in [-1, 1], float32 (n, C, H, W), and labels (n,) or None, for `rows` of the batch, on `device`.
+        """
+        indices = self.indices(step)[rows]
+        x0 = self.data.images[indices].to(device, non_blocking=True).float() / 127.5 - 1
+        if self.flip:
+            draws = torch.rand(self.batch_size, generator=generator(self.seed, "flip", step))[rows]
+            mirrored = (draws < 0.5).to(device, non_blocking=True).view(-1, 1, 1, 1)
+            x0 = torch.where(mirrored, x0.flip(-1), x0)
+        if self.data.labels is None:
+            return x0, None
+        return x0, self.data.labels[indices].to(device, non_blocking=True)

@@ -1,0 +1,60 @@
+"""The training loss: lines 2 to 5 of Algorithm 1 of DDPM for one batch, for every parametrisation and weighting."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddpm_pipe.noise import snr
+from ddpm_pipe.prediction import LOSS_WEIGHTS, PREDICTIONS, loss_weight
+from ddpm_pipe.schedulers import DDPMScheduler, check_choice
+
+LOSSES: dict[str, Callable[..., Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.smooth_l1_loss}
+
+
+class Objective:
+    """The weighted denoising loss (DDPM eq. 14 and its successors), in float32 whatever the network computes in.
+
+    Args:
+        scheduler: gives the noise levels and `prediction_type`.
+        loss: a key of `LOSSES`.
+        weight: a key of `prediction.LOSS_WEIGHTS`.
+        gamma, k: constants of the weight.
+
+    Raises:
+        ValueError: for an unknown value, naming the accepted ones.
+    """
+
+    def __init__(
+        self, scheduler: DDPMScheduler, loss: str = "l2", weight: str = "none", gamma: float = 5.0, k: float = 1.0
+    ):
+        check_choice("loss", loss, LOSSES)
+        check_choice("loss_weight", weight, LOSS_WEIGHTS)
+        self.scheduler = scheduler
+        self.loss = LOSSES[loss]
+        levels = snr(scheduler.alpha_bar(torch.arange(len(scheduler))))
+        self.weights = loss_weight(weight, scheduler.config.prediction_type, levels, gamma, k).float()
+
+    def __call__(
+        self, unet: nn.Module, x0: Tensor, t: Tensor, eps: Tensor, self_condition: bool = False, **conditions: Tensor
+    ) -> Tensor:
+        """The loss of each image, (B,).
+
+        Args:
+            unet: the network, called as unet(x_t, t, **conditions).
+            x0: clean images in [-1, 1], (B, C, H, W).
+            t: timesteps, (B,).
+            eps: the noise, like x0.
+            self_condition: show the network its own estimate of x0, made without gradient (Analog Bits, Algorithm 1).
+            conditions: more arguments of the network, e.g. `class_labels` (B,).
+        """
+        row = PREDICTIONS[self.scheduler.config.prediction_type]
+        alpha_bar = self.scheduler.alpha_bar(t)
+        x_t = self.scheduler.add_noise(x0, eps, t)
+        if self_condition:
+            with torch.no_grad():
+                conditions["self_cond"] = row.x0(unet(x_t, t, **conditions).sample.float(), x_t, alpha_bar)
+        output = unet(x_t, t, **conditions).sample.float()
+        error = self.loss(output, row.target(x0, eps, alpha_bar), reduction="none").flatten(1).mean(1)
+        return error * self.weights.to(t.device)[t]

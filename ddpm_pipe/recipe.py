@@ -1,0 +1,182 @@
+"""A recipe: every choice of a training run, and the network, noise and learning rate that follow from it."""
+
+import inspect
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import ModelMixin, UNet2DModel
+
+from ddpm_pipe.data import ImageData
+from ddpm_pipe.objective import LOSSES
+from ddpm_pipe.prediction import LOSS_WEIGHTS
+from ddpm_pipe.randomness import derive_seed
+from ddpm_pipe.schedulers import DDPMScheduler, check_choice
+from ddpm_pipe.unet import DDPMUNet2DModel
+
+NETWORKS: dict[str, type[ModelMixin]] = {"DDPMUNet2DModel": DDPMUNet2DModel, "UNet2DModel": UNet2DModel}
+LR_SCHEDULES = ("constant", "linear", "cosine")
+PRECISIONS = ("auto", "no", "bf16", "fp16")
+TRACKERS = ("auto", "none", "tensorboard", "wandb")
+
+
+class JsonDict(dict):
+    """A mapping that may be written as JSON on the command line."""
+
+    def __init__(self, value: Any = ()):
+        super().__init__(json.loads(value) if isinstance(value, str) else value)
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainConfig:
+    """Every choice of a run. The defaults are a small recipe for small images; examples/presets has others."""
+
+    # data
+    data: str = field(metadata={"help": "folder of images, parquet or arrow file, or dataset id on the Hub"})
+    output_dir: str = _option("runs/default", "run folder: checkpoints, samples, logs and the finished pipeline")
+    split: str = _option("train", "split of the data to train on")
+    image_column: str | None = _option(None, "column of the images; found by itself where only one holds images")
+    label_column: str | None = _option(None, "column of the classes; found by itself where only one holds labels")
+    resolution: list[int] | None = _option(None, "size, or height and width, to resize and crop to")
+    channels: int | None = _option(None, "1 (grey), 3 (RGB) or 4 (RGBA)")
+    flip: bool = _option(False, "mirror images at random")
+    class_conditional: bool = _option(False, "train on the labels too")
+    class_dropout: float = _option(0.1, "probability of hiding a label, for classifier-free guidance")
+
+    # network and noise
+    unet: JsonDict = field(
+        default_factory=JsonDict,
+        metadata={"help": "network: _class_name (DDPMUNet2DModel or UNet2DModel) and its config keys, as JSON"},
+    )
+    num_train_timesteps: int = _option(1000, "T, the length of the chain")
+    beta_schedule: str = _option("linear", "a key of ddpm_pipe.noise.BETA_SCHEDULES")
+    beta_start: float = _option(1e-4, "first beta, for the schedules that have a range")
+    beta_end: float = _option(0.02, "last beta, for the schedules that have a range")
+    rescale_betas_zero_snr: bool = _option(False, "rescale betas to zero terminal SNR")
+    prediction_type: str = _option("epsilon", "what the network predicts: epsilon, sample or v_prediction")
+    variance_type: str = _option("fixed_small", "variance of the sampler that is saved: fixed_small or fixed_large")
+
+    # loss
+    loss: str = _option("l2", f"one of {', '.join(LOSSES)}")
+    loss_weight: str = _option("none", f"one of {', '.join(LOSS_WEIGHTS)}")
+    loss_gamma: float = _option(5.0, "ceiling of min_snr, exponent of p2")
+    loss_k: float = _option(1.0, "k of p2")
+
+    # optimisation
+    steps: int = _option(100_000, "optimizer steps")
+    batch_size: int = _option(64, "images per optimizer step, over all processes and accumulation steps")
+    gradient_accumulation_steps: int = _option(1, "parts into which each process cuts its share of the batch")
+    learning_rate: float = _option(2e-4, "peak learning rate")
+    lr_schedule: str = _option("constant", f"after the warm-up: {', '.join(LR_SCHEDULES)} (the latter two end at 0)")
+    lr_warmup_steps: int = _option(0, "optimizer steps over which the learning rate grows to its peak")
+    adam_beta1: float = _option(0.9, "AdamW: decay of the first moment")
+    adam_beta2: float = _option(0.999, "AdamW: decay of the second moment")
+    adam_eps: float = _option(1e-8, "AdamW: epsilon")
+    weight_decay: float = _option(0.0, "AdamW: weight decay")
+    max_grad_norm: float = _option(1.0, "gradients are scaled down to this norm; 0 leaves them")
+    ema_decay: float = _option(0.9999, "longest decay of the averaged weights")
+    ema_power: float = _option(2 / 3, "how fast the decay grows to it: 1 - (1 + step)^-power")
+    seed: int = _option(0, "of the whole run")
+
+    # machine
+    mixed_precision: str = _option("auto", f"one of {', '.join(PRECISIONS)}; auto is bf16 where the device computes it")
+    channels_last: bool | None = _option(None, "keep images channels-last in memory; by itself on CUDA only")
+    gradient_checkpointing: bool = _option(False, "save memory by computing activations twice")
+    compile: bool = _option(False, "torch.compile the network")
+
+    # what is written
+    save_every: int = _option(5_000, "optimizer steps between checkpoints")
+    keep_last: int = _option(2, "newest checkpoints to keep")
+    keep_every: int = _option(0, "keep also checkpoints at multiples of this step; 0 for none")
+    sample_every: int = _option(5_000, "optimizer steps between sample grids; 0 for none")
+    num_samples: int = _option(64, "images in a grid")
+    sample_steps: int = _option(50, "DDIM steps of a grid")
+    guidance_scale: float = _option(1.0, "classifier-free guidance of a grid")
+    log_every: int = _option(20, "optimizer steps between log entries")
+    tracker: str = _option("auto", f"one of {', '.join(TRACKERS)}; auto is tensorboard where it is installed")
+    resume: bool = _option(False, "go on from the newest checkpoint of output_dir")
+    overwrite: bool = _option(False, "delete what output_dir holds of another run")
+
+    def __post_init__(self):
+        self.unet = JsonDict(self.unet)
+        check_choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
+        check_choice("mixed_precision", self.mixed_precision, PRECISIONS)
+        check_choice("tracker", self.tracker, TRACKERS)
+        for name in ("steps", "batch_size", "gradient_accumulation_steps", "save_every", "keep_last", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("class_dropout", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1).")
+        if self.sample_steps > self.num_train_timesteps:
+            raise ValueError(
+                f"sample_steps={self.sample_steps} is more than num_train_timesteps={self.num_train_timesteps}."
+            )
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise ValueError(
+                "rescale_betas_zero_snr needs prediction_type sample or v_prediction: noise alone shows no image."
+            )
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite contradict each other; choose one.")
+
+
+def lr_at(step: int, config: TrainConfig) -> float:
+    """The learning rate of optimizer step `step`, from 0: linear warm-up, then constant or a decay to 0."""
+    if step < config.lr_warmup_steps:
+        return config.learning_rate * (step + 1) / config.lr_warmup_steps
+    progress = (step - config.lr_warmup_steps) / max(1, config.steps - config.lr_warmup_steps)
+    decay = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return config.learning_rate * decay[config.lr_schedule]
+
+
+def make_unet(config: TrainConfig, data: ImageData) -> ModelMixin:
+    """The network of the config for these images: sizes, channels and classes follow from the data.
+
+    Raises:
+        ValueError: for an unknown class or config key, or a size or number of channels that the data do not have.
+    """
+    options = dict(config.unet)
+    name = options.pop("_class_name", "DDPMUNet2DModel")
+    check_choice("unet._class_name", name, NETWORKS)
+    channels, height, width = data.images.shape[1:]
+    expected = {"sample_size": height if height == width else (height, width), "in_channels": channels}
+    expected["out_channels"] = channels
+    if config.class_conditional:  # a stock UNet2DModel has no null class of its own: one embedding more
+        expected["num_class_embeds"] = len(data.class_names) + (name == "UNet2DModel")
+    accepted = [key for key in inspect.signature(NETWORKS[name].__init__).parameters if key != "self"]
+    for key, value in options.items():
+        check_choice("unet", key, accepted)
+        if key in expected and value != expected[key]:
+            raise ValueError(f"unet.{key}={value!r}, but the data give {expected[key]!r}.")
+    if name == "UNet2DModel":
+        _check_stock_size(height, width, len(options.get("block_out_channels", (1,) * 4)))
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    return NETWORKS[name](**(expected | options))
+
+
+def _check_stock_size(height: int, width: int, levels: int) -> None:
+    factor = 2 ** (levels - 1)
+    if height % factor or width % factor:
+        raise ValueError(
+            f"images of {width}x{height} do not suit a UNet2DModel of {levels} levels: height and width must be "
+            f"multiples of {factor}; choose a resolution, fewer block_out_channels, or DDPMUNet2DModel."
+        )
+
+
+def make_scheduler(config: TrainConfig) -> DDPMScheduler:
+    """The scheduler that trains and is saved."""
+    return DDPMScheduler(
+        num_train_timesteps=config.num_train_timesteps,
+        beta_start=config.beta_start,
+        beta_end=config.beta_end,
+        beta_schedule=config.beta_schedule,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+        prediction_type=config.prediction_type,
+        variance_type=config.variance_type,
+    )
