@@ -6,14 +6,18 @@ centre.
 """
 
 import io
+import json
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import datasets
 import numpy as np
+import psutil
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image, ImageOps
@@ -21,10 +25,13 @@ from torch import Tensor
 
 from ddpm_pipe.randomness import generator
 
+T = TypeVar("T")
+
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Number of channels -> mode of PIL."""
 
 _GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
+_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 _FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".zip": "imagefolder"}
 
 
@@ -110,9 +117,11 @@ def find_labels(dataset: datasets.Dataset, name: str | None = None) -> tuple[Ten
 # ---------------------------------------------------------------- decoding
 
 
-def _open_image(row: dict) -> Image.Image:
-    """A PIL image, upright, from the bytes or the path of a row; only the header is read."""
-    source = io.BytesIO(row["bytes"]) if row["bytes"] is not None else row["path"]
+def _open_image(cell: dict | None) -> Image.Image:
+    """A PIL image, upright, from the bytes or the path in a cell of the image column; only the header is read."""
+    if cell is None:
+        raise ValueError("there is no image")
+    source = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
     return ImageOps.exif_transpose(Image.open(source))
 
 
@@ -139,10 +148,10 @@ class Header:
     error: str | None = None
 
 
-def _read_header(row: dict) -> Header:
+def _read_header(cell: dict | None) -> Header:
     try:
-        image = _open_image(row)
-    except (OSError, ValueError, SyntaxError) as error:
+        image = _open_image(cell)
+    except _UNREADABLE as error:
         return Header(error=str(error))
     return Header((image.height, image.width), image.mode in _GREY_MODES)
 
@@ -187,33 +196,60 @@ def choose_channels(headers: Iterable[Header], channels: int | None) -> int:
 
 @dataclass
 class ImageData:
-    """All images, decoded once.
+    """All images, decoded once: in memory, or in a memory-mapped file where they are too many.
 
     Attributes:
-        images: uint8 (N, C, H, W).
+        images: uint8 (N, C, H, W); what could not be read is zero.
+        rows: which of the images are in use, (len(self),).
         labels: int64 (N,) or None.
         class_names: names of the classes, by label.
         column: the column the images were found in.
         skipped: one line for each image that could not be read.
+        memory_mapped: whether `images` lie in a file.
     """
 
     images: Tensor
+    rows: Tensor
     labels: Tensor | None = None
     class_names: tuple[str, ...] = ()
     column: str = ""
     skipped: tuple[str, ...] = ()
+    memory_mapped: bool = False
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.rows)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W)."""
+        return tuple(self.images.shape[1:])
+
+    def take(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images (n, C, H, W) and labels (n,) or None at positions 0 to len(self) - 1."""
+        rows = self.rows[positions]
+        return self.images[rows], None if self.labels is None else self.labels[rows]
+
+    def hold_out(self, count: int, seed: int) -> tuple["ImageData", "ImageData"]:
+        """Two disjoint parts, of len(self) - count and of count images, drawn by the seed.
+
+        Raises:
+            ValueError: where nothing would be left to train on.
+        """
+        if not 0 <= count < len(self):
+            raise ValueError(f"holdout={count} must leave some of the {len(self)} images to train on.")
+        drawn = self.rows[torch.randperm(len(self), generator=generator(seed, "holdout"))]
+        first, second = drawn[count:].sort().values, drawn[:count].sort().values
+        return replace(self, rows=first), replace(self, rows=second)
 
     def describe(self) -> str:
         """The plan that is printed before training starts."""
-        count, channels, height, width = self.images.shape
+        channels, height, width = self.shape
+        where = "memory-mapped" if self.memory_mapped else "in memory"
         lines = [
-            f"{count} images of {width}x{height}, {channels} channel{'s' * (channels > 1)}, "
-            f"{self.images.nbytes / 2**20:.1f} MiB in memory, from column {self.column!r}"
+            f"{len(self)} images per epoch, {width}x{height}, {channels} channel{'s' * (channels > 1)}, "
+            f"from column {self.column!r}; {self.images.nbytes / 2**20:.1f} MiB {where}"
         ]
-        if self.labels is not None:
+        if self.class_names:
             lines.append(f"{len(self.class_names)} classes: {', '.join(self.class_names)}")
         if self.skipped:
             lines.append(f"{len(self.skipped)} unreadable images skipped:")
@@ -230,6 +266,7 @@ def load_images(
     with_labels: bool = False,
     resolution: list[int] | None = None,
     channels: int | None = None,
+    max_memory: int | None = None,
 ) -> ImageData:
     """Open a dataset and decode all of it.
 
@@ -239,6 +276,8 @@ def load_images(
         with_labels: read the labels too.
         resolution: [size] or [height, width] in pixels; None keeps the size that all images have.
         channels: 1, 3 or 4; None is 1 where all images are grey, else 3.
+        max_memory: bytes above which the images are kept in a memory-mapped file in the datasets cache, where the next
+            run finds them; None is half of the free memory.
 
     Raises:
         ValueError: for anything that cannot become one tensor of images, in one sentence.
@@ -246,33 +285,72 @@ def load_images(
     dataset = open_dataset(data, split)
     column = find_image_column(dataset, image_column)
     labels, names = find_labels(dataset, label_column) if with_labels else (None, [])
-    rows = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    cells = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
 
-    headers = _map_rows(_read_header, rows, column)
+    headers = list(_map_cells(_read_header, cells, column))
     readable = [header for header in headers if header.error is None]
     if not readable:
         raise ValueError(f"data={data!r} has no image that can be read in column {column!r} ({len(headers)} rows).")
     size, channels = choose_size(readable, resolution), choose_channels(readable, channels)
 
-    def decode(row: dict) -> np.ndarray | str:
-        try:
-            return to_array(_open_image(row), channels, size)
-        except (OSError, ValueError, SyntaxError) as error:
-            return str(error)
+    shape = (len(cells), channels, *size)
+    max_memory = psutil.virtual_memory().available // 2 if max_memory is None else max_memory
+    if math.prod(shape) <= max_memory:
+        images = np.zeros(shape, np.uint8)
+        skipped = _decode_into(images, cells, column)
+    else:
+        images, skipped = _memory_mapped(shape, cells, column)
+    rows = torch.tensor([i for i in range(len(cells)) if i not in skipped], dtype=torch.long)
+    return ImageData(
+        images=torch.from_numpy(images),
+        rows=rows,
+        labels=labels,
+        class_names=tuple(names),
+        column=column,
+        skipped=tuple(f"row {i}: {reason}" for i, reason in skipped.items()),
+        memory_mapped=isinstance(images, np.memmap),
+    )
 
-    decoded = _map_rows(decode, rows, column)
-    kept = [i for i, image in enumerate(decoded) if not isinstance(image, str)]
-    skipped = [
-        f"row {i} ({rows[i][column]['path']}): {image}" for i, image in enumerate(decoded) if isinstance(image, str)
-    ]
-    images = torch.from_numpy(np.stack([decoded[i] for i in kept]))
-    return ImageData(images, labels if labels is None else labels[kept], tuple(names), column, tuple(skipped))
 
-
-def _map_rows(function: Callable, rows: datasets.Dataset, column: str) -> list:
+def _map_cells(function: Callable[[dict], T], cells: datasets.Dataset, column: str) -> Iterator[T]:
     """`function` of every image cell, in order, on all cores (PIL decodes outside the interpreter lock)."""
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(function, (row[column] for row in rows), chunksize=64))
+        for batch in cells.iter(batch_size=1024):
+            yield from pool.map(function, batch[column])
+
+
+def _decode_into(images: np.ndarray, cells: datasets.Dataset, column: str) -> dict[int, str]:
+    """Decode all cells into `images`, uint8 (N, C, H, W); return row -> reason of those that could not be read."""
+    channels, *size = images.shape[1:]
+
+    def decode(cell: dict | None) -> tuple[np.ndarray | None, str]:
+        try:
+            return to_array(_open_image(cell), channels, tuple(size)), ""
+        except _UNREADABLE as error:
+            return None, f"{(cell or {}).get('path') or 'no path'}: {error}"
+
+    skipped = {}
+    for i, (image, reason) in enumerate(_map_cells(decode, cells, column)):
+        if image is None:
+            skipped[i] = reason
+        else:
+            images[i] = image
+    return skipped
+
+
+def _memory_mapped(shape: tuple[int, ...], cells: datasets.Dataset, column: str) -> tuple[np.ndarray, dict[int, str]]:
+    """The decoded images in a file of the datasets cache, decoded now or by an earlier run."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "ddpm_pipe"
+    path = folder / f"{cells._fingerprint}-{'x'.join(map(str, shape))}.npy"
+    notes = path.with_suffix(".json")  # written last: its presence says that the images are complete
+    if not notes.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        images = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+        skipped = _decode_into(images, cells, column)
+        images.flush()
+        notes.write_text(json.dumps(skipped))
+    skipped = {int(row): reason for row, reason in json.loads(notes.read_text()).items()}
+    return np.load(path, mmap_mode="r+"), skipped
 
 
 # ---------------------------------------------------------------- batches
@@ -294,11 +372,11 @@ class Batches:
         self.data, self.batch_size, self.seed, self.flip = data, batch_size, seed, flip
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
-    def indices(self, step: int) -> Tensor:
-        """Which images make up optimizer step `step`, (batch_size,)."""
-        positions = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs = positions // len(self.data)
-        return torch.cat([self._permutation(int(e))[positions[epochs == e] % len(self.data)] for e in epochs.unique()])
+    def positions(self, step: int) -> Tensor:
+        """Which images of the data make up optimizer step `step`, (batch_size,)."""
+        drawn = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs = drawn // len(self.data)
+        return torch.cat([self._permutation(int(e))[drawn[epochs == e] % len(self.data)] for e in epochs.unique()])
 
     def _permutation(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
@@ -306,18 +384,16 @@ class Batches:
             self._order = torch.randperm(len(self.data), generator=generator(self.seed, "order", epoch))
         return self._order
 
-    def __call__(self, step: int, rows: slice, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor | None]:
-        """A part of the batch of optimizer step `step`.
-
-        Returns:
-            x0 in [-1, 1], float32 (n, C, H, W), and labels (n,) or None, for `rows` of the batch, on `device`.
-        """
-        indices = self.indices(step)[rows]
-        x0 = self.data.images[indices].to(device, non_blocking=True).float() / 127.5 - 1
+    def __call__(self, step: int, part: slice, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor | None]:
+        """A part of the batch of optimizer step `step`: x0 in [-1, 1], (n, C, H, W), and labels (n,) or None."""
+        images, labels = self.data.take(self.positions(step)[part])
+        x0 = to_unit_range(images.to(device, non_blocking=True))
         if self.flip:
-            draws = torch.rand(self.batch_size, generator=generator(self.seed, "flip", step))[rows]
-            mirrored = (draws < 0.5).to(device, non_blocking=True).view(-1, 1, 1, 1)
-            x0 = torch.where(mirrored, x0.flip(-1), x0)
-        if self.data.labels is None:
-            return x0, None
-        return x0, self.data.labels[indices].to(device, non_blocking=True)
+            draws = torch.rand(self.batch_size, generator=generator(self.seed, "flip", step))[part]
+            x0 = torch.where((draws < 0.5).to(device).view(-1, 1, 1, 1), x0.flip(-1), x0)
+        return x0, labels if labels is None else labels.to(device, non_blocking=True)
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """uint8 pixels 0 to 255 -> float32 in [-1, 1] (DDPM, section 3.3)."""
+    return images.float() / 127.5 - 1

@@ -5,10 +5,17 @@ noise level for the whole batch) or of shape (B,) (one per image), and broadcast
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
+
+
+def check_choice(name: str, value: str, accepted: Collection[str]) -> None:
+    """Raise one sentence naming the argument and the accepted values where `value` is not one of them."""
+    if value not in accepted:
+        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(accepted)}.")
+
 
 # ---------------------------------------------------------------- schedules: name -> betas of shape (T,)
 
@@ -91,17 +98,14 @@ def make_betas(name: str, steps: int, beta_start: float = 1e-4, beta_end: float 
     Raises:
         ValueError: for an unknown name, or where a beta would leave (0, 1).
     """
-    if name not in BETA_SCHEDULES:
-        raise ValueError(f"beta_schedule={name!r} is unknown; use one of {', '.join(BETA_SCHEDULES)}.")
+    check_choice("beta_schedule", name, BETA_SCHEDULES)
     if steps < 1:
         raise ValueError(f"num_train_timesteps={steps} must be at least 1.")
-    betas = BETA_SCHEDULES[name](steps, beta_start, beta_end)
-    if not ((betas > 0) & (betas < 1)).all():
-        raise ValueError(
-            f"beta_start={beta_start}, beta_end={beta_end} put a beta of {name!r} outside (0, 1): "
-            f"{betas.min():.3g} to {betas.max():.3g}."
-        )
-    return betas
+    if 0 < beta_start < 1 and 0 < beta_end < 1:
+        betas = BETA_SCHEDULES[name](steps, beta_start, beta_end)
+        if ((betas > 0) & (betas < 1)).all():
+            return betas
+    raise ValueError(f"beta_start={beta_start}, beta_end={beta_end} put a beta of {name!r} outside (0, 1).")
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
@@ -133,10 +137,11 @@ def signal_and_noise(alpha_bar: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
 def broadcast(coefficient: Tensor, like: Tensor) -> Tensor:
     """A 0-d or (B,) coefficient as a tensor that multiplies images of shape (B, ...), in float32 or better.
 
-    A 0-d tensor stays where it is (a CPU scalar multiplies a GPU tensor without a copy).
+    A 0-d tensor stays where it is (a CPU scalar multiplies a GPU tensor without a copy), but for half precision: a 0-d
+    tensor would not raise the product to float32.
     """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    if coefficient.ndim == 0:
+    if coefficient.ndim == 0 and like.dtype in (torch.float32, torch.float64):
         return coefficient.to(dtype)
     return coefficient.to(like.device, dtype, non_blocking=True).view(-1, *[1] * (like.ndim - 1))
 

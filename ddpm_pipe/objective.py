@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm_pipe.noise import snr
-from ddpm_pipe.prediction import LOSS_WEIGHTS, PREDICTIONS, loss_weight
-from ddpm_pipe.schedulers import DDPMScheduler, check_choice
+from ddpm_pipe.noise import check_choice, snr
+from ddpm_pipe.prediction import PREDICTIONS, loss_weight
+from ddpm_pipe.schedulers import DDPMScheduler
 
 LOSSES: dict[str, Callable[..., Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.smooth_l1_loss}
 
@@ -30,7 +30,6 @@ class Objective:
         self, scheduler: DDPMScheduler, loss: str = "l2", weight: str = "none", gamma: float = 5.0, k: float = 1.0
     ):
         check_choice("loss", loss, LOSSES)
-        check_choice("loss_weight", weight, LOSS_WEIGHTS)
         self.scheduler = scheduler
         self.loss = LOSSES[loss]
         levels = snr(scheduler.alpha_bar(torch.arange(len(scheduler))))

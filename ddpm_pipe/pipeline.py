@@ -9,8 +9,8 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ddpm_pipe.noise import check_choice
 from ddpm_pipe.prediction import PREDICTIONS
-from ddpm_pipe.schedulers import check_choice
 
 # The classes that a saved model_index.json names must be importable where a folder is loaded.
 from ddpm_pipe.unet import DDPMUNet2DModel  # noqa: F401

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_pipe.noise import signal_and_noise
+from ddpm_pipe.noise import check_choice, signal_and_noise
 
 
 class Prediction(NamedTuple):
@@ -21,8 +21,8 @@ class Prediction(NamedTuple):
     """(output, x_t, alpha_bar) -> the clean image that the output implies."""
     eps: Callable[[Tensor, Tensor, Tensor], Tensor]
     """(output, x_t, alpha_bar) -> the noise that the output implies."""
-    x0_weight: Callable[[Tensor], Tensor]
-    """snr -> w with |target - output|^2 = w |x0 - x0(output)|^2: how the plain loss weighs an error of x0."""
+    eps_weight: Callable[[Tensor], Tensor]
+    """snr -> w with |eps - eps(output)|^2 = w |target - output|^2: what makes the plain loss one of the noise."""
 
 
 def x0_from_eps(eps: Tensor, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -58,47 +58,35 @@ PREDICTIONS: dict[str, Prediction] = {
         target=lambda x0, eps, alpha_bar: eps,
         x0=x0_from_eps,
         eps=lambda output, x_t, alpha_bar: output,
-        x0_weight=lambda snr: snr,
+        eps_weight=torch.ones_like,
     ),
     "sample": Prediction(
         target=lambda x0, eps, alpha_bar: x0,
         x0=lambda output, x_t, alpha_bar: output,
         eps=eps_from_x0,
-        x0_weight=torch.ones_like,
+        eps_weight=lambda snr: snr,
     ),
     "v_prediction": Prediction(
         target=velocity,
         x0=_x0_from_v,
         eps=_eps_from_v,
-        x0_weight=lambda snr: snr + 1,
+        eps_weight=lambda snr: snr / (snr + 1),
     ),
 }
 
 
-# ---------------------------------------------------------------- loss weights: (row, snr, gamma, k) -> factor
+# ---------------------------------------------------------------- loss weights
 
-
-def _p2(row: Prediction, snr: Tensor, gamma: float, k: float) -> Tensor:
-    """P2 (Choi et al. 2022, eq. 8): the noise loss times (k + snr)^-gamma, whatever the network predicts."""
-    return snr * (k + snr) ** -gamma / row.x0_weight(snr)
-
-
-def _p2_plain(row: Prediction, snr: Tensor, gamma: float, k: float) -> Tensor:
-    """The factor of P2 on the plain loss of any parametrisation, as the reference implementation has it."""
-    return (k + snr) ** -gamma
-
-
-def _min_snr(row: Prediction, snr: Tensor, gamma: float, k: float) -> Tensor:
-    """Min-SNR (Hang et al. 2023, section 3.4): the loss of x0 times min(snr, gamma), whatever the network predicts."""
-    return snr.clamp(max=gamma) / row.x0_weight(snr)
-
-
-LOSS_WEIGHTS: dict[str, Callable[[Prediction, Tensor, float, float], Tensor]] = {
-    "none": lambda row, snr, gamma, k: torch.ones_like(snr),
-    "p2": _p2,
-    "p2_plain": _p2_plain,
-    "min_snr": _min_snr,
+LOSS_WEIGHTS: dict[str, Callable[[Tensor, float, float], Tensor] | None] = {
+    # the plain loss of whatever the network predicts (DDPM eq. 14)
+    "none": None,
+    # P2 (Choi et al. 2022, eq. 8)
+    "p2": lambda snr, gamma, k: (k + snr) ** -gamma,
+    # Min-SNR (Hang et al. 2023, section 3.4): the loss of x0 times min(snr, gamma)
+    "min_snr": lambda snr, gamma, k: (gamma / snr).clamp(max=1),
 }
+"""(snr, gamma, k) -> factor of the noise loss; translated to what the network predicts, so that the same error of x0
+costs the same."""
 
 
 def loss_weight(name: str, prediction_type: str, snr: Tensor, gamma: float, k: float = 1.0) -> Tensor:
@@ -109,12 +97,14 @@ def loss_weight(name: str, prediction_type: str, snr: Tensor, gamma: float, k: f
         prediction_type: a key of `PREDICTIONS`.
         snr: signal-to-noise ratios >= 0, any shape.
         gamma: the exponent of p2 (1 in the paper) or the ceiling of min_snr (5 in the paper).
-        k: p2 only; the paper's k = 1.
+        k: p2 only; 1 in the paper.
 
-    Returns:
-        Weights shaped like `snr`. At snr = 0 (zero terminal SNR) noise prediction has no x0 to weigh and min_snr tends
-        to 1, which is what it returns.
+    Raises:
+        ValueError: for an unknown name, naming the accepted ones.
     """
-    row = PREDICTIONS[prediction_type]
-    weight = LOSS_WEIGHTS[name](row, snr, gamma, k)
-    return torch.where(weight.isnan(), torch.ones_like(weight), weight)
+    check_choice("loss_weight", name, LOSS_WEIGHTS)
+    check_choice("prediction_type", prediction_type, PREDICTIONS)
+    weight = LOSS_WEIGHTS[name]
+    if weight is None:
+        return torch.ones_like(snr)
+    return PREDICTIONS[prediction_type].eps_weight(snr) * weight(snr, gamma, k)

@@ -6,7 +6,18 @@ So a run that is stopped and resumed, or moved to another number of processes, d
 import numpy as np
 import torch
 
-STREAMS = ("weights", "order", "flip", "timestep", "noise", "self_condition", "class_dropout", "dropout", "sample")
+STREAMS = (
+    "weights",
+    "order",
+    "flip",
+    "timestep",
+    "noise",
+    "self_condition",
+    "class_dropout",
+    "dropout",
+    "sample",
+    "holdout",
+)
 """What randomness is used for; the place of a name is part of the seed, so append new names at the end."""
 
 

@@ -10,10 +10,11 @@ import torch
 from diffusers import ModelMixin, UNet2DModel
 
 from ddpm_pipe.data import ImageData
+from ddpm_pipe.noise import check_choice
 from ddpm_pipe.objective import LOSSES
 from ddpm_pipe.prediction import LOSS_WEIGHTS
 from ddpm_pipe.randomness import derive_seed
-from ddpm_pipe.schedulers import DDPMScheduler, check_choice
+from ddpm_pipe.schedulers import DDPMScheduler
 from ddpm_pipe.unet import DDPMUNet2DModel
 
 NETWORKS: dict[str, type[ModelMixin]] = {"DDPMUNet2DModel": DDPMUNet2DModel, "UNet2DModel": UNet2DModel}
@@ -144,7 +145,7 @@ def make_unet(config: TrainConfig, data: ImageData) -> ModelMixin:
     options = dict(config.unet)
     name = options.pop("_class_name", "DDPMUNet2DModel")
     check_choice("unet._class_name", name, NETWORKS)
-    channels, height, width = data.images.shape[1:]
+    channels, height, width = data.shape
     expected = {"sample_size": height if height == width else (height, width), "in_channels": channels}
     expected["out_channels"] = channels
     if config.class_conditional:  # a stock UNet2DModel has no null class of its own: one embedding more

@@ -6,7 +6,8 @@ are float64, `step` computes in float32 or better and never waits for the device
 """
 
 import importlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +23,10 @@ from ddpm_pipe.noise import (
     BETA_SCHEDULES,
     add_noise,
     broadcast,
+    check_choice,
     make_betas,
     posterior,
+    posterior_coefficients,
     rescale_zero_terminal_snr,
     signal_and_noise,
 )
@@ -68,12 +71,6 @@ TIMESTEP_SPACINGS: dict[str, Callable[[int, int, int], np.ndarray]] = {
     "quadratic": _quadratic,
 }
 """How `count` of T timesteps are chosen; the first three are Table 2 of Lin et al. (2024)."""
-
-
-def check_choice(name: str, value: str, accepted: Collection[str]) -> None:
-    """Raise one sentence naming the argument and the accepted values where `value` is not one of them."""
-    if value not in accepted:
-        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(accepted)}.")
 
 
 # ---------------------------------------------------------------- what both samplers share
@@ -227,6 +224,17 @@ def _at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
 # ---------------------------------------------------------------- DDPM
 
 
+class ReverseKernel(NamedTuple):
+    """p(x_s | x_t) of the network: a Gaussian, in float32 or better."""
+
+    mean: Tensor
+    """(B, C, H, W)"""
+    log_variance: Tensor
+    """shaped to broadcast over the mean"""
+    x0: Tensor
+    """the estimate of the clean image it was made from, (B, C, H, W)"""
+
+
 class DDPMScheduler(_DiffusionScheduler):
     """Ancestral sampling (DDPM, Ho et al. 2020, Algorithm 2), with the interface of `diffusers.DDPMScheduler`.
 
@@ -272,6 +280,9 @@ class DDPMScheduler(_DiffusionScheduler):
         check_choice("variance_type", variance_type, VARIANCE_TYPES)
         self.variance_type = variance_type
         self._build()
+        # beta_tilde of 1 -> 0, the last step that has noise; the decoder takes it too (DDPM, section 3.3)
+        ends = self._alpha_bar[[min(2, num_train_timesteps), 1]]
+        self._last_variance = posterior_coefficients(*ends)[2].clamp(min=1e-20)
 
     def step(
         self,
@@ -295,20 +306,37 @@ class DDPMScheduler(_DiffusionScheduler):
         Raises:
             ValueError: where the channels of `model_output` do not fit `variance_type`.
         """
-        output, x_t = _at_least_float32(model_output, sample)
-        output, variance_output = self._split(output, x_t.shape[1])
         t = torch.as_tensor(timestep)
         s = self.previous_timestep(t)
-        alpha_bar_t, alpha_bar_s = self.alpha_bar(t), self.alpha_bar(s)
-
-        x0 = self._clip(PREDICTIONS[self.config.prediction_type].x0(output, x_t, alpha_bar_t))
-        mean, _ = posterior(x0, x_t, alpha_bar_t, alpha_bar_s)
-        log_variance = self._log_variance(alpha_bar_t, alpha_bar_s, variance_output, x_t)
+        mean, log_variance, x0 = self.reverse_kernel(model_output, t, s, sample)
         z = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-        x_s = mean + broadcast(s >= 0, x_t) * (0.5 * log_variance).exp() * z
+        x_s = mean + broadcast(s >= 0, mean) * (0.5 * log_variance).exp() * z
 
         x_s, x0 = x_s.to(sample.dtype), x0.to(sample.dtype)
         return DDPMSchedulerOutput(prev_sample=x_s, pred_original_sample=x0) if return_dict else (x_s, x0)
+
+    def reverse_kernel(
+        self, model_output: Tensor, t: Tensor, s: Tensor, x_t: Tensor, clip: bool = True
+    ) -> ReverseKernel:
+        """p(x_s | x_t) = N(mean, variance) for any earlier step s < t (DDPM eq. 1 and 7, with x0 from the network).
+
+        Args:
+            model_output: the network's output, (B, C, H, W), or (B, 2C, H, W) with learned variance.
+            t, s: timesteps, 0-d or (B,); s = -1 is the clean image, whose kernel has the variance of the step before.
+            x_t: (B, C, H, W).
+            clip: clip or threshold x0 where the config says so.
+
+        Raises:
+            ValueError: where the channels of `model_output` do not fit `variance_type`.
+        """
+        output, x_t = _at_least_float32(model_output, x_t)
+        output, variance_output = self._split(output, x_t.shape[1])
+        alpha_bar_t, alpha_bar_s = self.alpha_bar(t), self.alpha_bar(s)
+        x0 = PREDICTIONS[self.config.prediction_type].x0(output, x_t, alpha_bar_t)
+        x0 = self._clip(x0) if clip else x0
+        mean, small = posterior(x0, x_t, alpha_bar_t, alpha_bar_s)
+        small = torch.where(s < 0, self._last_variance, small)
+        return ReverseKernel(mean, self._log_variance(small, 1 - alpha_bar_t / alpha_bar_s, variance_output, x_t), x0)
 
     def _split(self, output: Tensor, channels: int) -> tuple[Tensor, Tensor]:
         """The prediction (B, C, H, W) and the variance channels: (B, C, H, W), or none where nothing is learned."""
@@ -321,17 +349,15 @@ class DDPMScheduler(_DiffusionScheduler):
             )
         return output[:, :channels], output[:, channels:]
 
-    def _log_variance(self, alpha_bar_t: Tensor, alpha_bar_s: Tensor, output: Tensor, like: Tensor) -> Tensor:
-        """Log of the reverse kernel's variance, broadcast over images `like` (B, C, H, W)."""
+    def _log_variance(self, small: Tensor, large: Tensor, output: Tensor, like: Tensor) -> Tensor:
+        """Log of the reverse kernel's variance over images `like`, between beta_tilde (`small`) and beta (`large`)."""
         if self.config.variance_type == "learned":
             return output.clamp(min=1e-20).log()
-        beta = 1 - alpha_bar_t / alpha_bar_s
-        small = ((1 - alpha_bar_s) / (1 - alpha_bar_t) * beta).clamp(min=1e-20).log()
-        large = beta.log()
+        log_small, log_large = broadcast(small.log(), like), broadcast(large.log(), like)
         if self.config.variance_type == "learned_range":  # Improved DDPM, eq. 15
             share = (output + 1) / 2
-            return share * broadcast(large, like) + (1 - share) * broadcast(small, like)
-        return broadcast(large if "large" in self.config.variance_type else small, like)
+            return share * log_large + (1 - share) * log_small
+        return log_large if "large" in self.config.variance_type else log_small
 
 
 # ---------------------------------------------------------------- DDIM

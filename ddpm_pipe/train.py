@@ -31,6 +31,9 @@ from ddpm_pipe.schedulers import DDIMScheduler
 
 __all__ = ["TrainConfig", "lr_at", "train"]
 
+CONFIG = "config.yaml"
+"""The config of a run, in its folder; where it exists there is a run."""
+
 
 def train(config: TrainConfig) -> Path:
     """Train a network and leave a pipeline in `<output_dir>/pipeline`.
@@ -55,16 +58,18 @@ def train(config: TrainConfig) -> Path:
             channels=config.channels,
         )
     unet, scheduler = make_unet(config, data), make_scheduler(config)
+    objective = Objective(scheduler, config.loss, config.loss_weight, config.loss_gamma, config.loss_k)
     state = TrainState(config, unet, accelerator)
     first_step = state.restore(run) if config.resume else 0
     accelerator.print(f"{data.describe()}\n{state.describe()}")
+    if accelerator.is_main_process:
+        save_config(config, run / CONFIG)
 
     batches = Batches(data, config.batch_size, config.seed, config.flip)
-    objective = Objective(scheduler, config.loss, config.loss_weight, config.loss_gamma, config.loss_k)
     log = Log(config, accelerator, first_step)
 
     for step in range(first_step, config.steps):  # Algorithm 1
-        for part, draws in micro_batches(config, accelerator, step, data.images.shape[1:]):
+        for part, draws in micro_batches(config, accelerator, step, data.shape):
             x0, labels = batches(step, part, accelerator.device)
             conditions = (
                 {} if labels is None else {"class_labels": torch.where(draws.hide_label, state.null_class, labels)}
@@ -142,7 +147,7 @@ class TrainState:
         parts = accelerator.num_processes * config.gradient_accumulation_steps
         if config.batch_size % parts:
             raise ValueError(
-                f"batch_size={config.batch_size} must be a multiple of {parts}, processes x gradient_accumulation_steps."
+                f"batch_size={config.batch_size} must be a multiple of {parts} (processes times accumulation)."
             )
         if config.channels_last or (config.channels_last is None and accelerator.device.type == "cuda"):
             unet.to(memory_format=torch.channels_last)
@@ -220,6 +225,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("mixed_precision='fp16' needs a CUDA device; use bf16 or no.")
     return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # said outright, so that several processes on CPUs find each other
         mixed_precision=precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if tracker == "none" else tracker,
@@ -235,23 +241,22 @@ def _computes_bf16() -> bool:
 
 
 def open_run(config: TrainConfig, accelerator: Accelerator) -> Path:
-    """Make the run folder and write the config into it, before anything else is done.
+    """Make the run folder, on the main process.
 
     Raises:
-        ValueError: where the folder holds another run and neither `resume` nor `overwrite` is set.
+        ValueError: where it cannot be written, or holds a run and neither `resume` nor `overwrite` is set.
     """
     run = Path(config.output_dir)
     if accelerator.is_main_process:
+        if (run / CONFIG).exists() and not (config.resume or config.overwrite):
+            raise ValueError(
+                f"output_dir={config.output_dir!r} holds a run; pass --resume, --overwrite or another folder."
+            )
         try:
-            if (run / "config.yaml").exists() and not config.resume:
-                if not config.overwrite:
-                    raise ValueError(
-                        f"output_dir={config.output_dir!r} holds a run; pass --resume, --overwrite or another."
-                    )
+            if config.overwrite:
                 for part in ("checkpoints", "samples", "pipeline", "logs"):
                     shutil.rmtree(run / part, ignore_errors=True)
             (run / "samples").mkdir(parents=True, exist_ok=True)
-            save_config(config, run / "config.yaml")
         except OSError as error:
             raise ValueError(f"output_dir={config.output_dir!r} cannot be written: {error.strerror}.") from error
     accelerator.wait_for_everyone()

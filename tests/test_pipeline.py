@@ -159,7 +159,9 @@ def test_deterministic_samplers_follow_the_exact_flow_from_noise_to_image(schedu
     alpha_bar = ALPHA_BAR[-1].item()
     x_T = torch.randn(2, 3, 16, 16, generator=seeded())
     expected = MEAN + STD * (x_T - alpha_bar**0.5 * MEAN) / (alpha_bar * STD**2 + 1 - alpha_bar) ** 0.5
-    assert_close(final_sample(gaussian_pipe(scheduler), steps=steps), expected, rtol=0, atol=0.03)
+    assert_close(
+        final_sample(gaussian_pipe(scheduler, timestep_spacing="trailing"), steps=steps), expected, rtol=0, atol=0.03
+    )
 
 
 # ---------------------------------------------------------------- diffusers as reference
@@ -383,11 +385,13 @@ def test_callback_sees_every_step_and_its_tensors():
     assert_close((seen[-1][2]["sample"] / 2 + 0.5).clamp(0, 1), images, rtol=0, atol=0)
 
 
-def test_callback_may_replace_the_sample():
-    def grey(pipe, i, t, tensors):
-        return {"sample": torch.zeros_like(tensors["sample"])} if i == 3 else None
+@pytest.mark.parametrize("value, pixel", [(-1.0, 0.0), (0.0, 0.5), (0.5, 0.75), (7.0, 1.0), (-7.0, 0.0)])
+def test_callback_may_replace_the_sample_and_images_are_clipped(value, pixel):
+    def replace(pipe, i, t, tensors):
+        return {"sample": torch.full_like(tensors["sample"], value)} if i == 3 else None
 
-    assert_close(sample(our_pipe(), callback_on_step_end=grey), torch.full((2, 3, SIZE, SIZE), 0.5), rtol=0, atol=0)
+    images = sample(our_pipe(), callback_on_step_end=replace)
+    assert_close(images, torch.full((2, 3, SIZE, SIZE), pixel), rtol=0, atol=0)
 
 
 def test_callback_may_replace_the_estimate_that_the_network_sees_next():
@@ -439,10 +443,10 @@ def test_progress_bar_can_be_disabled(disable, capsys):
     assert ("4/4" in capsys.readouterr().err) is not disable
 
 
-@pytest.mark.parametrize("unet", [our_unet, stock_unet])
-def test_half_precision_network_gives_nearly_the_same_images(unet):
-    expected = sample(our_pipe(unet()))
-    images = sample(our_pipe(unet().to(torch.bfloat16)))
+@pytest.mark.parametrize("make, options", [(our_unet, {}), (our_unet, {"self_condition": True}), (stock_unet, {})])
+def test_half_precision_network_gives_nearly_the_same_images(make, options):
+    expected = sample(our_pipe(make(**options)))
+    images = sample(our_pipe(make(**options).to(torch.bfloat16)))
     assert images.dtype == torch.float32 and images.isfinite().all()
     assert (images - expected).abs().mean() < 0.02
 
@@ -468,7 +472,7 @@ def test_half_precision_network_gives_nearly_the_same_images(unet):
 )
 def test_argument_that_cannot_be_honoured_is_one_sentence_naming_it(options, argument):
     with refused(argument):
-        sample(our_pipe(), **options)
+        sample(our_pipe(scheduler=diffusers.DDPMScheduler()), **options)
 
 
 @pytest.mark.parametrize("labels", [4, -1, [0, 4], [0, 1, 2], [0]], ids=str)

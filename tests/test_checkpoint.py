@@ -1,0 +1,122 @@
+"""Checkpoints: whole or not there, checked, thinned out."""
+
+import errno
+import json
+import logging
+
+import pytest
+import torch
+
+from ddpm_pipe.checkpoint import CheckpointError, Checkpoints, replace_folder
+
+
+def weights(value: float) -> dict:
+    return {"unet": {"w": torch.full((3,), value)}, "ema": {"w": torch.full((3,), -value)}}
+
+
+def save(checkpoints: Checkpoints, step: int) -> None:
+    checkpoints.save(step, weights(step), {"optimizer": {"state": {0: {"step": torch.tensor(step)}}}})
+
+
+def assert_loads(checkpoints: Checkpoints, step: int) -> None:
+    loaded_step, loaded, state = checkpoints.load()
+    assert loaded_step == step
+    assert torch.equal(loaded["unet"]["w"], torch.full((3,), float(step)))
+    assert torch.equal(loaded["ema"]["w"], torch.full((3,), -float(step)))
+    assert state["optimizer"]["state"][0]["step"] == step
+
+
+def test_the_newest_is_loaded_bit_for_bit(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.load() is None
+    for step in (5, 100, 20):
+        save(checkpoints, step)
+    assert_loads(checkpoints, 100)
+
+
+def test_last_k_and_every_nth_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=2, keep_every=30)
+    for step in range(10, 101, 10):
+        save(checkpoints, step)
+    assert checkpoints.steps() == [30, 60, 90, 100]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "missing", "no manifest", "empty folder"])
+def test_an_unreadable_newest_is_reported_and_the_one_before_taken(tmp_path, damage, caplog):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 1)
+    save(checkpoints, 2)
+    file = checkpoints.path(2) / "unet.safetensors"
+    content = file.read_bytes()
+    if damage == "truncate":
+        file.write_bytes(content[:-4])
+    elif damage == "flip":
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "missing":
+        file.unlink()
+    elif damage == "no manifest":
+        (checkpoints.path(2) / "manifest.json").unlink()
+    else:
+        for path in checkpoints.path(2).iterdir():
+            path.unlink()
+    with caplog.at_level(logging.WARNING):
+        assert_loads(checkpoints, 1)
+    assert "step-00000002" in caplog.text
+
+
+def test_it_is_an_error_when_none_can_be_read(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 1)
+    (checkpoints.path(1) / "state.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
+        checkpoints.load()
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 1)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(CheckpointError, match=r"step-00000002 could not be written.*No space left.*intact"):
+        save(checkpoints, 2)
+    assert checkpoints.steps() == [1]
+    assert_loads(checkpoints, 1)
+    assert not list(checkpoints.folder.glob(".*")), "nothing half-written is left"
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    target = tmp_path / "pipeline"
+    replace_folder(target, lambda folder: (folder / "a").write_text("1"))
+
+    def fail(folder):
+        (folder / "b").write_text("half")
+        raise OSError("broken")
+
+    with pytest.raises(CheckpointError, match="broken"):
+        replace_folder(target, fail)
+    assert [path.name for path in target.iterdir()] == ["a"]
+    replace_folder(target, lambda folder: (folder / "c").write_text("2"))
+    assert [path.name for path in target.iterdir()] == ["c"]
+
+
+def test_what_a_killed_writer_left_is_ignored_and_cleaned(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 1)
+    half = checkpoints.folder / ".step-00000002.new"
+    half.mkdir()
+    (half / "unet.safetensors").write_bytes(b"half")
+    assert_loads(checkpoints, 1)
+    save(checkpoints, 2)
+    assert_loads(checkpoints, 2)
+    assert not half.exists()
+
+
+def test_the_manifest_describes_every_file(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 3)
+    manifest = json.loads((checkpoints.path(3) / "manifest.json").read_text())
+    assert manifest["step"] == 3
+    assert set(manifest["sha256"]) == {"unet.safetensors", "ema.safetensors", "state.pt"}

@@ -1,0 +1,282 @@
+"""Images in, uint8 tensors out; order as a function of the seed; every bad input one sentence."""
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_pipe.data import Batches, ImageData, load_images, to_array, to_unit_range
+
+RED, GREY = (200, 30, 40), 90
+
+
+def image(mode: str = "RGB", size: tuple[int, int] = (8, 6), seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def folder(path: Path, *images: Image.Image, suffix: str = "png") -> str:
+    path.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(images):
+        picture.save(path / f"{i}.{suffix}")
+    return str(path)
+
+
+def pixels(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(picture).reshape(picture.height, picture.width, -1)).permute(2, 0, 1)
+
+
+# ---------------------------------------------------------------- where images come from
+
+
+def test_folder_of_images_is_read_pixel_for_pixel(tmp_path):
+    originals = [image(seed=i) for i in range(5)]
+    data = load_images(folder(tmp_path, *originals))
+    assert data.images.dtype == torch.uint8
+    assert torch.equal(data.images, torch.stack([pixels(picture) for picture in originals]))
+
+
+def test_class_subfolders_become_labels(tmp_path):
+    for name, count in (("cat", 2), ("dog", 3)):
+        folder(tmp_path / name, *[image() for _ in range(count)])
+    data = load_images(str(tmp_path), with_labels=True)
+    assert data.class_names == ("cat", "dog")
+    assert data.labels.tolist() == [0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "form", ["parquet", "arrow", "save_to_disk", "dataset_dict", "folder_of_parquet", "raw_parquet"]
+)
+def test_every_form_gives_the_same_images(tmp_path, form):
+    pictures = [image(seed=i) for i in range(4)]
+    table = datasets.Dataset.from_dict(
+        {"number": [3, 1, 2, 0], "picture": pictures},
+        features=datasets.Features(number=datasets.Value("int64"), picture=datasets.Image()),
+    )
+    path = tmp_path / "data"
+    if form == "parquet":
+        table.to_parquet(path := path.with_suffix(".parquet"))
+    elif form == "folder_of_parquet":
+        path.mkdir()
+        table.to_parquet(path / "train-00000.parquet")
+    elif form == "raw_parquet":  # as written by pandas: no feature says that the column holds images
+        raw = (
+            table.cast_column("picture", datasets.Image(decode=False))
+            .with_format("arrow")[:]
+            .replace_schema_metadata(None)
+        )
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(raw, path := path.with_suffix(".parquet"))
+    elif form == "dataset_dict":
+        datasets.DatasetDict(train=table).save_to_disk(path)
+    else:
+        table.save_to_disk(path)
+        path = next(path.glob("*.arrow")) if form == "arrow" else path
+    data = load_images(str(path))
+    assert data.column == "picture"
+    assert torch.equal(data.images, torch.stack([pixels(picture) for picture in pictures]))
+
+
+def test_labels_of_integers_or_strings_are_numbered_by_name(tmp_path):
+    table = datasets.Dataset.from_dict({"image": [image()] * 4, "kind": ["b", "a", "b", "c"]}).cast_column(
+        "image", datasets.Image()
+    )
+    table.to_parquet(tmp_path / "data.parquet")
+    data = load_images(str(tmp_path / "data.parquet"), with_labels=True, label_column="kind")
+    assert data.class_names == ("a", "b", "c")
+    assert data.labels.tolist() == [1, 0, 1, 2]
+
+
+def test_bundled_images():
+    bundled = Path(__file__).parent.parent / "examples" / "fashion_mnist"
+    data = load_images(str(bundled), "test", with_labels=True)
+    assert data.images.shape == (1000, 1, 28, 28)
+    assert data.labels.bincount().tolist() == [100] * 10
+    assert (bundled / "LICENSE").is_file()
+
+
+# ---------------------------------------------------------------- rules of conversion
+
+
+def test_sixteen_bit_greys_are_scaled_to_eight():
+    values = np.array([[0, 257, 65535, 32768]], dtype=np.uint16)
+    assert to_array(Image.fromarray(values), 1, (1, 4)).tolist() == [[[0, 1, 255, 128]]]
+
+
+def test_transparency_is_laid_over_white_unless_four_channels_are_asked_for():
+    picture = Image.new("RGBA", (2, 2), (*RED, 128))
+    over_white = [round((value * 128 + 255 * 127) / 255) for value in RED]
+    assert np.abs(to_array(picture, 3, (2, 2))[:, 0, 0].astype(int) - over_white).max() <= 1
+    assert to_array(picture, 4, (2, 2))[:, 0, 0].tolist() == [*RED, 128]
+
+
+def test_palette_and_cmyk_become_rgb():
+    palette = Image.new("RGB", (2, 2), RED).quantize(4)
+    cmyk = Image.new("CMYK", (2, 2), (0, 255, 255, 0))
+    assert np.abs(to_array(palette, 3, (2, 2))[:, 0, 0].astype(int) - RED).max() <= 8
+    assert to_array(cmyk, 3, (2, 2))[:, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    picture = image(size=(8, 6))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees to view
+    picture.save(tmp_path / "turned.png", exif=exif)
+    data = load_images(str(tmp_path))
+    assert torch.equal(data.images[0], pixels(picture.transpose(Image.Transpose.ROTATE_270)))
+
+
+def test_resize_keeps_the_centre():
+    picture = Image.new("L", (30, 10))
+    picture.paste(255, (10, 0, 20, 10))  # the middle third is white
+    assert to_array(picture, 1, (10, 10)).min() == 255
+
+
+def test_height_and_width_may_differ(tmp_path):
+    data = load_images(folder(tmp_path, image(size=(20, 20))), resolution=[4, 7])
+    assert data.shape == (3, 4, 7)
+
+
+def test_grey_images_have_one_channel_and_coloured_ones_three(tmp_path):
+    assert load_images(folder(tmp_path / "grey", image("L"), image("1"))).shape[0] == 1
+    assert load_images(folder(tmp_path / "colour", image("RGB"), image("P"))).shape[0] == 3
+
+
+def test_unit_range_maps_black_to_minus_one_and_white_to_one():
+    assert to_unit_range(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_corrupt_images_are_skipped_and_listed(tmp_path):
+    path = folder(tmp_path, *[image(seed=i) for i in range(4)])
+    whole = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "2.png").write_bytes(b"no picture")
+    data = load_images(path)
+    assert len(data) == 2
+    assert "1.png" in data.describe() and "2.png" in data.describe()
+    images, _ = data.take(torch.arange(2))
+    assert torch.equal(images[1], pixels(image(seed=3)))
+
+
+def _mixed_sizes(path):
+    return {"data": folder(path, image(size=(8, 8)), image(size=(9, 8)))}
+
+
+def _mixed_modes(path):
+    return {"data": folder(path, image("RGB"), image("L"))}
+
+
+def _all_corrupt(path):
+    (path / "a.png").write_bytes(b"no picture")
+    return {"data": str(path)}
+
+
+def _no_images(path):
+    (path / "notes.txt").write_text("nothing to see")
+    return {"data": str(path)}
+
+
+def _two_image_columns(path):
+    table = datasets.Dataset.from_dict({"a": [image()], "b": [image()]})
+    table = table.cast_column("a", datasets.Image()).cast_column("b", datasets.Image())
+    table.to_parquet(path / "x.parquet")
+    return {"data": str(path / "x.parquet")}
+
+
+@pytest.mark.parametrize(
+    ("arrange", "options", "sentence"),
+    [
+        (lambda path: {"data": str(path)}, {}, "folder without images"),
+        (lambda path: {"data": str(path / "missing.parquet")}, {}, "neither a file nor a folder"),
+        (_no_images, {}, "none of its columns holds images"),
+        (_two_image_columns, {}, "several columns hold images: a, b"),
+        (_all_corrupt, {}, "no image that can be read"),
+        (_mixed_sizes, {}, "2 different sizes.*resolution"),
+        (_mixed_modes, {}, "1 images are grey and 1 are coloured.*channels=1"),
+        (_mixed_sizes, {"resolution": [0]}, "resolution=.*at least 1"),
+        (_mixed_sizes, {"resolution": [1, 2, 3]}, "resolution=.*one size or a height and a width"),
+        (_mixed_modes, {"channels": 2}, "channels=2 must be 1"),
+        (_mixed_modes, {"image_column": "picture"}, "image_column='picture' is not in the data.*image"),
+        (_mixed_modes, {"label_column": "kind", "with_labels": True}, "label_column='kind' is not in the data"),
+        (_mixed_modes, {"with_labels": True}, "0 columns hold class labels"),
+        (_mixed_modes, {"split": "dev"}, "split='dev' could not be read"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path, arrange, options, sentence):
+    with pytest.raises(ValueError, match=sentence) as error:
+        load_images(**arrange(tmp_path), **options)
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_memory_mapped_images_are_the_same_and_are_decoded_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = folder(tmp_path / "images", *[image(seed=i) for i in range(4)])
+    (tmp_path / "images" / "2.png").write_bytes(b"no picture")
+    in_memory, mapped = load_images(path), load_images(path, max_memory=0)
+    assert mapped.memory_mapped and not in_memory.memory_mapped
+    assert torch.equal(mapped.images, in_memory.images) and torch.equal(mapped.rows, in_memory.rows)
+    monkeypatch.setattr("ddpm_pipe.data._decode_into", None)  # would fail if it were decoded again
+    again = load_images(path, max_memory=0)
+    assert torch.equal(again.images, mapped.images) and again.skipped == mapped.skipped
+
+
+def numbered(count: int, **kwargs) -> ImageData:
+    """Images of one pixel whose value is their number."""
+    return ImageData(torch.arange(count, dtype=torch.uint8).view(count, 1, 1, 1), torch.arange(count), **kwargs)
+
+
+def test_held_out_images_are_disjoint_complete_and_follow_the_seed():
+    train, held_out = numbered(20).hold_out(6, seed=1)
+    assert len(train) == 14 and len(held_out) == 6
+    assert sorted(train.rows.tolist() + held_out.rows.tolist()) == list(range(20))
+    assert torch.equal(numbered(20).hold_out(6, seed=1)[1].rows, held_out.rows)
+    assert not torch.equal(numbered(20).hold_out(6, seed=2)[1].rows, held_out.rows)
+    with pytest.raises(ValueError, match="holdout=20 must leave some of the 20 images"):
+        numbered(20).hold_out(20, seed=1)
+
+
+# ---------------------------------------------------------------- batches
+
+
+def test_each_epoch_shows_every_image_once_without_gaps():
+    batches = Batches(numbered(10), batch_size=4, seed=0)
+    drawn = torch.cat([batches.positions(step) for step in range(15)])
+    for epoch in drawn.view(6, 10):
+        assert sorted(epoch.tolist()) == list(range(10))
+    assert not torch.equal(drawn[:10], drawn[10:20])
+
+
+def test_a_batch_is_a_function_of_seed_and_step_alone():
+    forward = [Batches(numbered(10), 4, seed=3).positions(step) for step in range(8)]
+    one = Batches(numbered(10), 4, seed=3)
+    backward = [one.positions(step) for step in reversed(range(8))][::-1]
+    assert all(torch.equal(a, b) for a, b in zip(forward, backward))
+    assert not torch.equal(forward[0], Batches(numbered(10), 4, seed=4).positions(0))
+
+
+def test_parts_of_a_batch_make_up_the_batch_with_its_flips():
+    data = ImageData(torch.randint(0, 256, (12, 3, 4, 4), dtype=torch.uint8), torch.arange(12), labels=torch.arange(12))
+    batches = Batches(data, batch_size=8, seed=0, flip=True)
+    whole, labels = batches(5, slice(0, 8))
+    parts = [batches(5, slice(start, start + 2)) for start in range(0, 8, 2)]
+    assert torch.equal(whole, torch.cat([part for part, _ in parts]))
+    assert torch.equal(labels, torch.cat([part for _, part in parts]))
+
+
+def test_half_of_the_images_are_mirrored():
+    picture = torch.tensor([[[0, 255]]], dtype=torch.uint8)
+    data = ImageData(picture.expand(4, 1, 1, 2), torch.arange(4))
+    batches = Batches(data, batch_size=1000, seed=0, flip=True)
+    left = batches(0, slice(0, 1000))[0][:, 0, 0, 0]
+    assert set(left.tolist()) == {-1.0, 1.0}
+    assert 440 < (left == 1).sum() < 560  # 3.8 standard deviations

@@ -1,0 +1,93 @@
+"""What follows from a config: learning rate, network, noise."""
+
+import pytest
+import torch
+
+from ddpm_pipe.data import ImageData
+from ddpm_pipe.recipe import JsonDict, TrainConfig, lr_at, make_scheduler, make_unet
+
+SMALL = {"block_out_channels": [8, 16], "norm_num_groups": 4}
+STOCK = {
+    "_class_name": "UNet2DModel",
+    "down_block_types": ["DownBlock2D"] * 2,
+    "up_block_types": ["UpBlock2D"] * 2,
+    **SMALL,
+}
+
+
+def images(channels=3, height=8, width=8, classes=0) -> ImageData:
+    return ImageData(
+        torch.zeros(4, channels, height, width, dtype=torch.uint8),
+        torch.arange(4),
+        labels=torch.zeros(4, dtype=torch.long) if classes else None,
+        class_names=tuple(f"class {i}" for i in range(classes)),
+    )
+
+
+def recipe(unet=SMALL, **options) -> TrainConfig:
+    return TrainConfig(data="x", unet=JsonDict(unet), **options)
+
+
+def test_learning_rate_warms_up_in_optimizer_steps_then_decays_to_zero():
+    for schedule, halfway in (("constant", 1.0), ("linear", 0.5), ("cosine", 0.5)):
+        config = recipe(steps=110, lr_warmup_steps=10, learning_rate=2.0, lr_schedule=schedule)
+        assert [lr_at(step, config) for step in (0, 4, 9)] == pytest.approx([0.2, 1.0, 2.0])
+        assert lr_at(10, config) == pytest.approx(2.0)
+        assert lr_at(60, config) == pytest.approx(2.0 * halfway)
+    assert lr_at(110, recipe(steps=110, lr_schedule="cosine")) == pytest.approx(0, abs=1e-12)
+    assert lr_at(35, recipe(steps=140, learning_rate=1.0, lr_schedule="cosine")) == pytest.approx(0.5 + 0.5**1.5)
+
+
+@pytest.mark.parametrize("unet", [SMALL, STOCK])
+@pytest.mark.parametrize(("channels", "height", "width", "classes"), [(1, 8, 8, 0), (3, 12, 8, 5), (4, 8, 16, 2)])
+def test_network_fits_the_images(unet, channels, height, width, classes):
+    network = make_unet(recipe(unet, class_conditional=classes > 0), images(channels, height, width, classes))
+    labels = {"class_labels": torch.tensor([classes])} if classes else {}  # the null class of both kinds
+    output = network(torch.zeros(1, channels, height, width), torch.tensor([3]), **labels).sample
+    assert output.shape == (1, channels, height, width)
+
+
+def test_initial_weights_follow_the_seed():
+    first, again, other = (make_unet(recipe(seed=seed), images()).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["conv_in.weight"], other["conv_in.weight"])
+
+
+def test_cifar10_preset_has_the_published_number_of_weights(repo):
+    from ddpm_pipe.config import parse_config
+
+    config = parse_config(TrainConfig, [str(repo / "examples" / "presets" / "cifar10.yaml")])
+    assert sum(p.numel() for p in make_unet(config, images(3, 32, 32)).parameters()) == 35_746_307
+
+
+def test_scheduler_has_every_choice_of_the_config():
+    chosen = {
+        "num_train_timesteps": 50,
+        "beta_schedule": "sigmoid",
+        "beta_start": 0.001,
+        "beta_end": 0.05,
+        "rescale_betas_zero_snr": True,
+        "prediction_type": "v_prediction",
+        "variance_type": "fixed_large",
+    }
+    config = make_scheduler(recipe(**chosen, sample_steps=10)).config
+    assert {key: config[key] for key in chosen} == chosen
+
+
+@pytest.mark.parametrize(
+    ("unet", "data", "sentence"),
+    [
+        (
+            {"_class_name": "UNet3D"},
+            images(),
+            "unet._class_name='UNet3D' is unknown; use one of DDPMUNet2DModel, UNet2DModel",
+        ),
+        ({"block_channels": [8]}, images(), "unet='block_channels' is unknown; use one of sample_size"),
+        ({**SMALL, "in_channels": 3}, images(channels=1), "unet.in_channels=3, but the data give 1"),
+        (STOCK, images(height=9), "images of 8x9 do not suit a UNet2DModel of 2 levels: .* multiples of 2"),
+        ({**SMALL, "block_out_channels": [8, 8, 8, 8, 8]}, images(), "images of 8x8 are too small for 5 levels"),
+    ],
+)
+def test_impossible_networks_are_one_sentence(unet, data, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make_unet(recipe(unet), data)
