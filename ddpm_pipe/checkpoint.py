@@ -60,6 +60,13 @@ def replace_folder(folder: Path, write: Callable[[Path], Any]) -> None:
         raise CheckpointError(f"{folder} could not be written ({error}); what was saved before is intact.") from error
 
 
+def save_tensors(folder: Path, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write state dicts as `<name>.safetensors` files of a folder."""
+    for name, tensors in weights.items():
+        whole = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+        safetensors.torch.save_file(whole, folder / f"{name}.safetensors")
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -94,9 +101,7 @@ class Checkpoints:
         """
 
         def write(folder: Path) -> None:
-            for name, tensors in weights.items():
-                whole = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-                safetensors.torch.save_file(whole, folder / f"{name}.safetensors")
+            save_tensors(folder, weights)
             torch.save(dict(state), folder / "state.pt")
             sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
             (folder / MANIFEST).write_text(json.dumps({"step": step, "sha256": sums}, indent=2))

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -11,9 +12,7 @@ from torch import Tensor
 
 from ddpm_pipe.noise import check_choice
 from ddpm_pipe.prediction import PREDICTIONS
-
-# The classes that a saved model_index.json names must be importable where a folder is loaded.
-from ddpm_pipe.unet import DDPMUNet2DModel  # noqa: F401
+from ddpm_pipe.schedulers import DDPMScheduler
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 
@@ -128,7 +127,7 @@ class DDPMPipeline(DiffusionPipeline):
         channels = model_input.shape[1]
         options = {}
         if self.unet.config.get("self_condition"):
-            options["self_cond"] = last_x0.to(self.unet.dtype)
+            options["self_cond"] = last_x0.clamp(-1, 1).to(self.unet.dtype)
         if labels is not None:
             options["class_labels"] = labels
         guided = labels is not None and len(labels) > len(model_input)
@@ -140,18 +139,14 @@ class DDPMPipeline(DiffusionPipeline):
             output, unconditional = output.chunk(2)
             prediction = torch.lerp(unconditional[:, :channels], output[:, :channels], scale)
             output = torch.cat([prediction, output[:, channels:]], dim=1)
-        if (
-            output.shape[1] > channels
-            and "variance_type" not in inspect.signature(type(self.scheduler).__init__).parameters
-        ):
-            output = output[:, :channels]
-        return output
+        takes_variance = isinstance(self.scheduler, (DDPMScheduler, diffusers.DDPMScheduler))
+        return output if takes_variance else output[:, :channels]
 
     def _pred_original_sample(self, model_output: Tensor, t: Tensor, model_input: Tensor) -> Tensor:
         """The estimate of x0 for self-conditioning, for schedulers whose `step` does not return it."""
         alpha_bar = torch.take(self.scheduler.alphas_cumprod.to(t.device), t.long())
         prediction = model_output[:, : model_input.shape[1]]
-        return PREDICTIONS[self.scheduler.config.prediction_type].x0(prediction, model_input, alpha_bar).clamp(-1, 1)
+        return PREDICTIONS[self.scheduler.config.prediction_type].x0(prediction, model_input, alpha_bar)
 
     def _labels(self, class_labels: int | list[int] | Tensor | None, batch_size: int, scale: float) -> Tensor | None:
         """Labels (B,) for the network; with guidance (2B,), the second half being the null class."""
@@ -170,12 +165,16 @@ class DDPMPipeline(DiffusionPipeline):
         if labels.min() < 0 or labels.max() > null:
             raise ValueError(f"class_labels must lie between 0 and {null} (the null class).")
         labels = labels.expand(batch_size)
-        if scale == 1.0 or class_labels is None:
+        if scale == 1.0:
             return labels
+        if class_labels is None:
+            raise ValueError(f"guidance_scale={scale} needs class_labels to guide towards.")
         return torch.cat([labels, torch.full_like(labels, null)])
 
     def _step_options(self, generator: torch.Generator | list[torch.Generator] | None, eta: float) -> dict:
         """The keywords that this scheduler's `step` takes, of those that the caller gave."""
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta={eta} must lie between 0 (DDIM) and 1 (DDPM).")
         known = inspect.signature(self.scheduler.step).parameters
         if eta and "eta" not in known:
             raise ValueError(f"eta={eta} has no meaning for {type(self.scheduler).__name__}; use DDIMScheduler.")

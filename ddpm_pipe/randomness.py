@@ -17,6 +17,8 @@ STREAMS = (
     "dropout",
     "sample",
     "holdout",
+    "offset_noise",
+    "health",
 )
 """What randomness is used for; the place of a name is part of the seed, so append new names at the end."""
 

@@ -10,11 +10,13 @@ import torch
 from diffusers import ModelMixin, UNet2DModel
 
 from ddpm_pipe.data import ImageData
+from ddpm_pipe.ema import power_exponent
 from ddpm_pipe.noise import check_choice
 from ddpm_pipe.objective import LOSSES
 from ddpm_pipe.prediction import LOSS_WEIGHTS
 from ddpm_pipe.randomness import derive_seed
-from ddpm_pipe.schedulers import DDPMScheduler
+from ddpm_pipe.schedulers import LEARNED_VARIANCES, DDPMScheduler
+from ddpm_pipe.timesteps import TIMESTEP_SAMPLERS
 from ddpm_pipe.unet import DDPMUNet2DModel
 
 NETWORKS: dict[str, type[ModelMixin]] = {"DDPMUNet2DModel": DDPMUNet2DModel, "UNet2DModel": UNet2DModel}
@@ -48,6 +50,7 @@ class TrainConfig:
     channels: int | None = _option(None, "1 (grey), 3 (RGB) or 4 (RGBA)")
     flip: bool = _option(False, "mirror images at random")
     class_conditional: bool = _option(False, "train on the labels too")
+    holdout: int = _option(0, "images kept out of training, on which the loss is measured")
     class_dropout: float = _option(0.1, "probability of hiding a label, for classifier-free guidance")
 
     # network and noise
@@ -61,13 +64,18 @@ class TrainConfig:
     beta_end: float = _option(0.02, "last beta, for the schedules that have a range")
     rescale_betas_zero_snr: bool = _option(False, "rescale betas to zero terminal SNR")
     prediction_type: str = _option("epsilon", "what the network predicts: epsilon, sample or v_prediction")
-    variance_type: str = _option("fixed_small", "variance of the sampler that is saved: fixed_small or fixed_large")
+    variance_type: str = _option(
+        "fixed_small", "of the sampler: fixed_small, fixed_large, or learned_range (hybrid loss)"
+    )
 
     # loss
     loss: str = _option("l2", f"one of {', '.join(LOSSES)}")
     loss_weight: str = _option("none", f"one of {', '.join(LOSS_WEIGHTS)}")
     loss_gamma: float = _option(5.0, "ceiling of min_snr, exponent of p2")
     loss_k: float = _option(1.0, "k of p2")
+    vlb_weight: float = _option(1e-3, "weight of the variational bound with learned variance")
+    offset_noise: float = _option(0.0, "standard deviation of noise that is the same for all pixels of a channel")
+    timestep_sampling: str = _option("uniform", f"one of {', '.join(TIMESTEP_SAMPLERS)}")
 
     # optimisation
     steps: int = _option(100_000, "optimizer steps")
@@ -83,6 +91,14 @@ class TrainConfig:
     max_grad_norm: float = _option(1.0, "gradients are scaled down to this norm; 0 leaves them")
     ema_decay: float = _option(0.9999, "longest decay of the averaged weights")
     ema_power: float = _option(2 / 3, "how fast the decay grows to it: 1 - (1 + step)^-power")
+    ema_sigma_rel: list[float] = field(
+        default_factory=lambda: [0.05, 0.1],
+        metadata={"help": "widths of power-function averages whose snapshots examples/ema.py mixes into any other"},
+    )
+    ema_snapshot_every: int | None = _option(None, "optimizer steps between snapshots; as save_every if not given")
+    max_bad_steps: int = _option(
+        20, "steps in a row without a finite gradient after which the last checkpoint is loaded"
+    )
     seed: int = _option(0, "of the whole run")
 
     # machine
@@ -109,7 +125,11 @@ class TrainConfig:
         check_choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
         check_choice("mixed_precision", self.mixed_precision, PRECISIONS)
         check_choice("tracker", self.tracker, TRACKERS)
-        for name in ("steps", "batch_size", "gradient_accumulation_steps", "save_every", "keep_last", "log_every"):
+        check_choice("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLERS)
+        for width in self.ema_sigma_rel:
+            power_exponent(width)
+        at_least_1 = ("steps", "batch_size", "gradient_accumulation_steps", "save_every", "keep_last", "log_every")
+        for name in (*at_least_1, "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         for name in ("class_dropout", "ema_decay"):
@@ -147,7 +167,7 @@ def make_unet(config: TrainConfig, data: ImageData) -> ModelMixin:
     check_choice("unet._class_name", name, NETWORKS)
     channels, height, width = data.shape
     expected = {"sample_size": height if height == width else (height, width), "in_channels": channels}
-    expected["out_channels"] = channels
+    expected["out_channels"] = channels * (1 + (config.variance_type in LEARNED_VARIANCES))
     if config.class_conditional:  # a stock UNet2DModel has no null class of its own: one embedding more
         expected["num_class_embeds"] = len(data.class_names) + (name == "UNet2DModel")
     accepted = [key for key in inspect.signature(NETWORKS[name].__init__).parameters if key != "self"]

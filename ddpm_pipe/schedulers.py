@@ -91,6 +91,9 @@ class _DiffusionScheduler(SchedulerMixin, ConfigMixin):
 
     def _build(self, final_alpha_bar_is_one: bool = True) -> None:
         """Check the config and make the tables; called at the end of each `__init__`."""
+        # diffusers drops the keys listed here when it makes another scheduler of this config, and some (Heun, KDPM2)
+        # have other defaults: beta_end 0.012, say. None are listed, so that the chain stays the same.
+        self.register_to_config(_use_default_values=[])
         config = self.config
         check_choice("prediction_type", config.prediction_type, PREDICTIONS)
         check_choice("timestep_spacing", config.timestep_spacing, TIMESTEP_SPACINGS)
@@ -115,8 +118,7 @@ class _DiffusionScheduler(SchedulerMixin, ConfigMixin):
         if config.trained_betas is None:
             betas = make_betas(config.beta_schedule, config.num_train_timesteps, config.beta_start, config.beta_end)
             if config.beta_schedule not in STOCK_SCHEDULES:
-                explicit = [key for key in config.get("_use_default_values", []) if key != "trained_betas"]
-                self.register_to_config(trained_betas=betas.tolist(), _use_default_values=explicit)
+                self.register_to_config(trained_betas=betas.tolist())
         else:
             check_choice("beta_schedule", config.beta_schedule, BETA_SCHEDULES)
             betas = torch.as_tensor(np.asarray(config.trained_betas, dtype=np.float64))

@@ -23,8 +23,6 @@ class SinusoidalEmbedding(nn.Module):
 
     def __init__(self, dim: int, theta: float = 10_000.0):
         super().__init__()
-        if dim % 2 or dim < 4:
-            raise ValueError(f"block_out_channels[0]={dim} must be even and at least 4 for the time embedding.")
         self.dim, self.theta = dim, theta
 
     def forward(self, timestep: Tensor) -> Tensor:
@@ -263,7 +261,6 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
         if isinstance(attention_types, str):
             attention_types = (attention_types,) * levels
         self._check(attention_types)
-
         width = block_out_channels[0]
         temb_dim = 4 * width
         self.time_proj = TIME_EMBEDDINGS[time_embedding_type](width)
@@ -313,6 +310,14 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"attention_types has {len(attention_types)} entries for {levels} levels; give one or {levels}."
             )
+        if levels == 0 or config.block_out_channels[0] % 2 or config.block_out_channels[0] < 4:
+            raise ValueError(
+                f"block_out_channels={config.block_out_channels} must name at least one level, the first even and at "
+                "least 4 for the time embedding."
+            )
+        for name in ("layers_per_block", "norm_num_groups", "num_attention_heads", "attention_head_dim"):
+            if config[name] < 1:
+                raise ValueError(f"{name}={config[name]} must be at least 1.")
         for channels in config.block_out_channels:
             if channels % config.norm_num_groups:
                 raise ValueError(

@@ -26,7 +26,7 @@ def folder(path: Path, *images: Image.Image, suffix: str = "png") -> str:
 
 
 def pixels(picture: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(picture).reshape(picture.height, picture.width, -1)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(picture).reshape(picture.height, picture.width, -1)).permute(2, 0, 1)
 
 
 # ---------------------------------------------------------------- where images come from

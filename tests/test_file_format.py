@@ -100,19 +100,31 @@ def test_state_dict_of_a_smaller_network_has_no_other_names(options):
 
 # module -> the modules of the package that it may import, in the order in which data flows
 ALLOWED_IMPORTS = {
+    # the algorithm
     "noise": set(),
     "prediction": {"noise"},
     "unet": set(),
     "schedulers": {"noise", "prediction"},
-    "pipeline": {"unet", "schedulers", "prediction"},
+    "likelihood": {"noise", "schedulers"},
+    "objective": {"noise", "prediction", "schedulers", "likelihood"},
+    "pipeline": {"noise", "prediction", "schedulers"},
     "convert": {"unet", "schedulers", "pipeline"},
+    # what training stands on
     "randomness": set(),
     "data": {"randomness"},
     "ema": set(),
+    "timesteps": set(),
     "checkpoint": set(),
     "config": set(),
-    "objective": {"noise", "prediction", "schedulers"},
-    "recipe": {"data", "objective", "prediction", "randomness", "schedulers", "unet"},
+    "interruption": set(),
+    # training
+    "recipe": {"noise", "prediction", "unet", "schedulers", "objective", "randomness", "data", "ema", "timesteps"},
+    "draws": {"randomness", "recipe"},
+    "state": {"checkpoint", "ema", "timesteps", "recipe"},
+    "log": {"recipe"},
+    "report": {"log"},
+    "health": {"data", "log", "objective", "pipeline", "randomness", "recipe", "schedulers", "state"},
+    "posthoc": {"checkpoint", "ema", "pipeline"},
 }
 ALLOWED_IMPORTS["train"] = set(ALLOWED_IMPORTS)
 ALLOWED_IMPORTS["__init__"] = set(ALLOWED_IMPORTS)

@@ -64,6 +64,7 @@ def final_state(config: TrainConfig) -> dict[str, torch.Tensor]:
         f"{name}.{k}": v for name in ("unet", "ema") for k, v in load_file(folder / f"{name}.safetensors").items()
     }
     moments = torch.load(folder / "state.pt", weights_only=True)["optimizer"]["state"]
+    tensors |= {f"{path.stem}.{k}": v for path in folder.glob("ema-*") for k, v in load_file(path).items()}
     return tensors | {f"{i}.{k}": v for i, state in moments.items() for k, v in state.items()}
 
 
@@ -109,8 +110,10 @@ def test_a_run_leaves_a_pipeline_a_grid_and_its_config(recipe, unet, options):
 def test_the_network_learns(recipe, monkeypatch):
     """The loss of the last steps is far below that of the first and below 1, the loss of answering zero."""
     losses = []
-    monkeypatch.setattr("ddpm_pipe.train.Log.add", lambda self, loss: losses.append(loss.item()))
-    monkeypatch.setattr("ddpm_pipe.train.Log.write", lambda self, *_: None)
+    monkeypatch.setattr(
+        "ddpm_pipe.train.Log.write", lambda _, step, seen, **__: losses.append(seen[0][1].mean().item())
+    )
+    monkeypatch.setattr("ddpm_pipe.train.write_report", lambda run: None)
     train(recipe(steps=150, batch_size=32, learning_rate=4e-3, sample_every=0))
     first, last = sum(losses[:5]) / 5, sum(losses[-20:]) / 20
     assert first > 0.8
@@ -133,12 +136,12 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(recipe, 
     cut = recipe("cut", **options, save_every=2)
     original, stop = cut.steps, KeyboardInterrupt()
 
-    def interrupted(state, step):
+    def interrupted(state, step, seen):
         if step == 4:
             raise stop
-        return state_step(state, step)
+        return state_step(state, step, seen)
 
-    from ddpm_pipe.train import TrainState
+    from ddpm_pipe.state import TrainState
 
     state_step = TrainState.optimizer_step
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):

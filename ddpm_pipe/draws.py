@@ -1,0 +1,62 @@
+"""What chance decides in one optimizer step: a function of the seed and the step, cut into parts."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ddpm_pipe.randomness import derive_seed, generator
+from ddpm_pipe.recipe import TrainConfig
+
+
+class Draws(NamedTuple):
+    """What chance decides about a part of the batch."""
+
+    t: Tensor
+    """timesteps, (n,)"""
+    weight: Tensor
+    """1 / (T p_t): what makes up for drawing some timesteps more often, (n,)"""
+    eps: Tensor
+    """noise, (n, C, H, W)"""
+    hide_label: Tensor
+    """whether the label gives way to the null class, (n,)"""
+    self_condition: bool
+    """whether the network is shown its own estimate; the same for the whole batch"""
+
+
+def micro_batches(
+    config: TrainConfig, accelerator: Accelerator, probabilities: Tensor, step: int, shape: tuple[int, ...]
+) -> Iterator[tuple[slice, Draws]]:
+    """The parts of the batch of a step that fall to this process, one per accumulation step.
+
+    All is drawn for the whole batch and then cut, so that it does not depend on the number of processes.
+
+    Args:
+        probabilities: of each timestep, (T,).
+        step: optimizer steps done.
+        shape: (C, H, W) of the images.
+    """
+    size, device = config.batch_size, accelerator.device
+
+    def draw(stream: str) -> torch.Generator:
+        return generator(config.seed, stream, step, device=device)
+
+    probabilities = probabilities.to(device)
+    t = torch.multinomial(probabilities, size, replacement=True, generator=draw("timestep"))
+    weight = (1 / (config.num_train_timesteps * probabilities[t])).float()
+    eps = torch.randn(size, *shape, generator=draw("noise"), device=device)
+    if config.offset_noise:
+        eps += config.offset_noise * torch.randn(size, shape[0], 1, 1, generator=draw("offset_noise"), device=device)
+    hide = torch.rand(size, generator=draw("class_dropout"), device=device) < config.class_dropout
+    self_condition = (
+        config.unet.get("self_condition", False) and derive_seed(config.seed, "self_condition", step) % 2 == 0
+    )
+
+    parts = accelerator.num_processes * config.gradient_accumulation_steps
+    for micro in range(config.gradient_accumulation_steps):
+        index = micro * accelerator.num_processes + accelerator.process_index
+        torch.manual_seed(derive_seed(config.seed, "dropout", step, index))
+        part = slice(index * size // parts, (index + 1) * size // parts)
+        yield part, Draws(t[part], weight[part], eps[part], hide[part], self_condition)

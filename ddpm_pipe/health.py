@@ -1,0 +1,71 @@
+"""What tells a healthy run from a sick one: sample grids and the loss on images held out."""
+
+import math
+
+import torch
+from diffusers import ModelMixin
+from diffusers.utils import make_image_grid
+from PIL import Image
+
+from ddpm_pipe.data import ImageData, to_unit_range
+from ddpm_pipe.log import Log, mean_by_timestep, named_means
+from ddpm_pipe.objective import Objective
+from ddpm_pipe.pipeline import DDPMPipeline
+from ddpm_pipe.randomness import generator
+from ddpm_pipe.recipe import TrainConfig
+from ddpm_pipe.schedulers import DDIMScheduler
+from ddpm_pipe.state import TrainState
+
+
+def show_health(
+    config: TrainConfig,
+    state: TrainState,
+    objective: Objective,
+    held_out: ImageData,
+    log: Log,
+    step: int,
+) -> None:
+    """Write grids of the averaged and the raw network, and log the loss of the average on the images held out."""
+    unet = state.accelerator.unwrap_model(state.unet)
+    grids = {"average": sample_grid(config, DDPMPipeline(state.average.module, objective.scheduler))}
+    unet.eval()
+    grids["raw"] = sample_grid(config, DDPMPipeline(unet, objective.scheduler))
+    unet.train()
+    grids["average"].save(log.run / "samples" / f"step-{step:08d}.png")
+    grids["raw"].save(log.run / "samples" / f"step-{step:08d}-raw.png")
+    log.show(step, grids)
+    if len(held_out):
+        log.record(step, held_out_loss(config, state.average.module, objective, held_out, state.accelerator.device))
+
+
+@torch.no_grad()
+def held_out_loss(
+    config: TrainConfig, unet: ModelMixin, objective: Objective, data: ImageData, device: torch.device
+) -> dict[str, float]:
+    """The loss on images held out, over all and by timestep, with the same timesteps and noise every time."""
+    draw = generator(config.seed, "health")
+    t = torch.randint(config.num_train_timesteps, (len(data),), generator=draw).to(device)
+    losses = []
+    for rows in torch.arange(len(data)).split(config.batch_size):
+        images, labels = data.take(rows)
+        eps = torch.randn(images.shape, generator=draw).to(device)
+        conditions = {} if labels is None else {"class_labels": labels.to(device)}
+        losses.append(objective(unet, to_unit_range(images.to(device)), t[rows], eps, False, **conditions))
+    sums = mean_by_timestep(t, torch.cat(losses), config.num_train_timesteps)
+    return named_means("held_out_loss", sums)
+
+
+def sample_grid(config: TrainConfig, pipeline: DDPMPipeline) -> Image.Image:
+    """A grid drawn with DDIM from the same noise each time; with classes, one column per class."""
+    unet, count, columns, options = pipeline.unet, config.num_samples, math.ceil(math.sqrt(config.num_samples)), {}
+    sampler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    pipeline = DDPMPipeline(unet, sampler)
+    pipeline.set_progress_bar_config(disable=True)
+    if config.class_conditional:
+        classes = unet.config.num_class_embeds - (not hasattr(unet, "null_class"))
+        columns = min(classes, count)
+        options = {"class_labels": torch.arange(count) % classes, "guidance_scale": config.guidance_scale}
+    (images,) = pipeline(count, generator(config.seed, "sample"), config.sample_steps, **options, return_dict=False)
+    rows = math.ceil(count / columns)
+    blank = [images[0].point(lambda _: 0)] * (rows * columns - count)
+    return make_image_grid(images + blank, rows, columns)

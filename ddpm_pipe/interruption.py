@@ -1,0 +1,47 @@
+"""Stopping a run between two steps when it is asked to."""
+
+import signal
+import threading
+
+import torch
+from accelerate import Accelerator
+
+
+class Interrupted(SystemExit):
+    """The run was asked to stop and has saved a checkpoint; the exit code is 75, "try again later"."""
+
+    def __init__(self):
+        super().__init__(75)
+
+
+class Interruption:
+    """Notes SIGTERM and SIGINT, so that the run can stop after a whole step; a second signal ends it at once."""
+
+    def __init__(self):
+        self.requested = False
+
+    def __enter__(self) -> "Interruption":
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        else:
+            self.handlers = {}
+        return self
+
+    def _note(self, number: int, frame: object) -> None:
+        self.requested = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *error: object) -> None:
+        self._restore()
+
+    def agreed(self, step: int, ask_every: int, accelerator: Accelerator) -> bool:
+        """Whether any process was asked to stop. Several processes ask each other every `ask_every` steps."""
+        if accelerator.num_processes == 1:
+            return self.requested
+        if step % ask_every:
+            return False
+        return bool(accelerator.reduce(torch.tensor(float(self.requested), device=accelerator.device), "sum") > 0)

@@ -1,0 +1,105 @@
+"""What is seen of a run while it goes on: progress bar, tracker, and metrics.jsonl, from which the report is drawn."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ddpm_pipe.recipe import TrainConfig
+
+METRICS = "metrics.jsonl"
+TIMESTEP_BINS = 10
+
+
+def mean_by_timestep(t: Tensor, losses: Tensor, steps: int) -> Tensor:
+    """Sums and counts of losses (n,) in equal ranges of t, (2, TIMESTEP_BINS): their quotient is the mean loss."""
+    place = t * TIMESTEP_BINS // steps
+    sums = torch.zeros(2, TIMESTEP_BINS, dtype=torch.float64, device=t.device)
+    sums[0].index_add_(0, place, losses.double())
+    sums[1].index_add_(0, place, torch.ones_like(losses, dtype=torch.float64))
+    return sums
+
+
+def named_means(name: str, sums: Tensor) -> dict[str, float]:
+    """`name` -> the mean over all, and `name/t_000` ... -> over each range of t that has losses."""
+    totals, counts = sums.cpu()
+    means = {name: (totals.sum() / counts.sum()).item()}
+    for i in counts.nonzero().flatten().tolist():
+        means[f"{name}/t_{i * 100 // TIMESTEP_BINS:02d}%"] = (totals[i] / counts[i]).item()
+    return means
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The entries of a run's metrics.jsonl, oldest first; a last line cut short is left out."""
+    entries = []
+    for line in (run / METRICS).read_text().splitlines() if (run / METRICS).exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries
+
+
+class Log:
+    """Entries every `log_every` optimizer steps. Losses stay on the device in between."""
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, run: Path, first_step: int):
+        self.config, self.accelerator, self.run = config, accelerator, run
+        self.bar = tqdm(total=config.steps, disable=not accelerator.is_local_main_process, unit="step")
+        self.rewind(first_step)
+        accelerator.init_trackers("logs")
+
+    def rewind(self, step: int) -> None:
+        """Go on after `step`: forget what was logged later by a run that did not get to its next checkpoint."""
+        self.losses: list[tuple[Tensor, Tensor]] = []
+        self.since = (time.perf_counter(), step)
+        self.bar.n = step
+        if self.accelerator.is_main_process:
+            kept = [json.dumps(entry) + "\n" for entry in read_metrics(self.run) if entry["step"] <= step]
+            (self.run / METRICS).write_text("".join(kept))
+
+    def write(self, step: int, seen: list[tuple[Tensor, Tensor]], **values: float) -> None:
+        """Advance the bar; where it is time, log the mean losses of all processes, the speed and `values`.
+
+        Args:
+            step: optimizer steps done.
+            seen: timesteps (n,) and losses (n,) of this process, one pair per accumulation step.
+            values: what else to log.
+        """
+        self.bar.update()
+        self.losses += seen
+        if step % self.config.log_every and step != self.config.steps:
+            return
+        t, losses = (torch.cat(parts) for parts in zip(*self.losses, strict=True))
+        sums = self.accelerator.reduce(mean_by_timestep(t, losses, self.config.num_train_timesteps), "sum")
+        now, (then, before) = time.perf_counter(), self.since
+        speed = (step - before) * self.config.batch_size / (now - then)
+        self.losses, self.since = [], (now, step)
+        means = named_means("loss", sums)
+        self.bar.set_postfix(loss=f"{means['loss']:.4f}", images_per_s=f"{speed:.0f}")
+        self.record(step, means | {"images_per_second": speed} | values)
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        """Write values to the tracker and to metrics.jsonl, on the main process."""
+        self.accelerator.log(values, step=step)
+        if self.accelerator.is_main_process:
+            with (self.run / METRICS).open("a") as file:
+                file.write(json.dumps({"step": step} | values) + "\n")
+
+    def show(self, step: int, grids: dict[str, Image.Image]) -> None:
+        """Give image grids to the tracker."""
+        batches = {name: np.asarray(grid.convert("RGB"))[None] for name, grid in grids.items()}
+        for tracker in self.accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images(batches, step=step, **layout)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.accelerator.end_training()

@@ -1,0 +1,87 @@
+"""Averages of any length from the snapshots of a finished run, written as pipelines."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ddpm_pipe.checkpoint import replace_folder
+from ddpm_pipe.ema import posthoc_coefficients
+from ddpm_pipe.pipeline import DDPMPipeline
+
+
+@dataclass
+class PosthocConfig:
+    """Which averages to rebuild from which run."""
+
+    run: str = field(metadata={"help": "the run folder"})
+    sigma_rel: str = field(
+        metadata={"help": "widths of the averages relative to the run, with commas between: 0.05,0.10"}
+    )
+    step: int | None = field(default=None, metadata={"help": "step at which they end; the last snapshot if not given"})
+
+    def widths(self) -> list[float]:
+        """The widths as numbers.
+
+        Raises:
+            ValueError: where they are none.
+        """
+        try:
+            return [float(width) for width in self.sigma_rel.split(",")]
+        except ValueError as error:
+            raise ValueError(
+                f"sigma_rel={self.sigma_rel!r} must be numbers with commas between, as 0.05,0.10."
+            ) from error
+
+
+def find_snapshots(run: Path) -> list[tuple[int, float, Path]]:
+    """(step, sigma_rel, file) of each snapshot of a run, by step.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    found = [
+        (int(path.parent.name.split("-")[1]), float(path.stem), path) for path in run.glob("ema/step-*/*.safetensors")
+    ]
+    if not found:
+        raise ValueError(f"run={str(run)!r} has no snapshots in {run / 'ema'}; train with ema_sigma_rel set.")
+    return sorted(found)
+
+
+def reconstruct(run: Path, sigma_rel: float, step: int | None = None) -> tuple[dict[str, Tensor], float]:
+    """The averaged weights of width `sigma_rel` at `step`, and the relative error of their profile.
+
+    Raises:
+        ValueError: where the run has no snapshots up to `step`.
+    """
+    found = find_snapshots(run)
+    step = found[-1][0] if step is None else step
+    used = [snapshot for snapshot in found if snapshot[0] <= step]
+    if not used or used[-1][0] != step:
+        steps = ", ".join(str(s) for s in sorted({s for s, _, _ in found}))
+        raise ValueError(f"step={step} has no snapshot; there are snapshots at {steps}.")
+    coefficients, error = posthoc_coefficients([(s, width) for s, width, _ in used], step, sigma_rel)
+    mixed: dict[str, Tensor] = {}
+    for coefficient, (_, _, path) in zip(coefficients, used, strict=True):
+        for name, tensor in load_file(path).items():
+            term = tensor.double() * coefficient if tensor.is_floating_point() else tensor
+            mixed[name] = mixed[name] + term if name in mixed and tensor.is_floating_point() else term
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in mixed.items()}, error
+
+
+def write_posthoc_pipelines(config: PosthocConfig) -> list[Path]:
+    """Write `<run>/ema-<sigma_rel>/` for each width and print the error of its profile."""
+    run, written = Path(config.run), []
+    for width in config.widths():
+        weights, error = reconstruct(run, width, config.step)
+        pipeline = DDPMPipeline.from_pretrained(run / "pipeline")
+        pipeline.unet.load_state_dict(weights)
+        if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
+            raise ValueError(f"the snapshots of {run} hold numbers that are not finite.")
+        folder = run / f"ema-{width:g}"
+        replace_folder(folder, pipeline.save_pretrained)
+        print(f"{folder}: sigma_rel {width:g}, error of its profile {error:.2%}")
+        written.append(folder)
+    return written

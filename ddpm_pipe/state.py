@@ -1,0 +1,161 @@
+"""What is trained: the network, its averages and the optimizer, stepped, saved and restored together."""
+
+import math
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import ModelMixin
+from torch import Tensor
+
+from ddpm_pipe.checkpoint import CheckpointError, Checkpoints, replace_folder, save_tensors
+from ddpm_pipe.ema import EMA, power_decay, warmup_decay
+from ddpm_pipe.recipe import TrainConfig, lr_at
+from ddpm_pipe.timesteps import TIMESTEP_SAMPLERS
+
+
+class TrainState:
+    """The network, its averages, the optimizer and the timestep sampler: all that a checkpoint holds."""
+
+    def __init__(self, config: TrainConfig, unet: ModelMixin, accelerator: Accelerator):
+        parts = accelerator.num_processes * config.gradient_accumulation_steps
+        if config.batch_size % parts:
+            raise ValueError(
+                f"batch_size={config.batch_size} must be a multiple of {parts} (processes times accumulation)."
+            )
+        if config.channels_last or (config.channels_last is None and accelerator.device.type == "cuda"):
+            unet.to(memory_format=torch.channels_last)
+        if config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        self.config, self.accelerator = config, accelerator
+        self.null_class = getattr(unet, "null_class", (unet.config.num_class_embeds or 0) - 1)
+        unet.to(accelerator.device)
+        self.average = EMA(unet, lambda step: warmup_decay(step, config.ema_decay, config.ema_power))
+        self.profiles = {f"{w:g}": EMA(unet, partial(power_decay, sigma_rel=w)) for w in config.ema_sigma_rel}
+        self.timesteps = TIMESTEP_SAMPLERS[config.timestep_sampling](config.num_train_timesteps)
+        self.bad_steps, self.skipped, self.gradient_norm, self.rolled_back_to = 0, 0, 0.0, -1
+        optimizer = torch.optim.AdamW(
+            unet.parameters(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        if config.compile:
+            unet.compile()
+        self.unet, self.optimizer = accelerator.prepare(unet, optimizer)
+        self.unet.train()
+
+    def optimizer_step(self, step: int, seen: list[tuple[Tensor, Tensor]]) -> None:
+        """Clip and step, update the averages; a gradient that is not finite is skipped and counted.
+
+        Args:
+            step: optimizer steps done.
+            seen: timesteps (n,) and losses (n,) of this process, one pair per accumulation step.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr_at(step, self.config)
+        norm = self.accelerator.clip_grad_norm_(self.unet.parameters(), self.config.max_grad_norm or math.inf)
+        self.gradient_norm = float(norm)
+        finite = math.isfinite(self.gradient_norm)
+        if finite or self.accelerator.scaler is not None:  # a loss scaler skips by itself, and adapts
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        if not finite:
+            self.bad_steps, self.skipped = self.bad_steps + 1, self.skipped + 1
+            return
+        self.bad_steps = 0
+        unet = self.accelerator.unwrap_model(self.unet)
+        for average in (self.average, *self.profiles.values()):
+            average.update(unet, step)
+        if self.config.timestep_sampling != "uniform":
+            t, losses = self._whole_batch(seen)
+            self.timesteps.update(t.long(), losses)
+
+    def _whole_batch(self, seen: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Timesteps and losses of the whole batch, (2, B), in its order whatever the number of processes."""
+        mine = torch.stack([torch.stack([t.double(), losses.detach().double()]) for t, losses in seen])
+        everyone = self.accelerator.gather(mine[None])  # (processes, accumulation steps, 2, n)
+        return everyone.permute(2, 1, 0, 3).flatten(1)
+
+    # ------------------------------------------------------------ checkpoints
+
+    def save(self, run: Path, step: int) -> None:
+        """Write a checkpoint of `step` optimizer steps and, where it is time, snapshots of the profiles.
+
+        Raises:
+            CheckpointError: where it cannot be written, or the weights are not finite; earlier ones are intact.
+        """
+        unet = self.accelerator.unwrap_model(self.unet)
+        if not all(torch.isfinite(p).all() for model in (unet, self.average.module) for p in model.parameters()):
+            raise CheckpointError(
+                f"the weights at step {step} are not finite and were not saved; earlier ones are intact."
+            )
+        weights = {"unet": unet.state_dict(), "ema": self.average.module.state_dict()}
+        profiles = {name: profile.module.state_dict() for name, profile in self.profiles.items()}
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "timesteps": self.timesteps.state_dict(),
+            "skipped": self.skipped,
+        }
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        if profiles and (
+            step == self.config.steps or step % (self.config.ema_snapshot_every or self.config.save_every) == 0
+        ):
+            replace_folder(run / "ema" / f"step-{step:08d}", lambda folder: save_tensors(folder, profiles))
+        weights |= {f"ema-{name}": tensors for name, tensors in profiles.items()}
+        Checkpoints(run, self.config.keep_last, self.config.keep_every).save(step, weights, state)
+
+    def restore(self, run: Path) -> int:
+        """Load the newest checkpoint and return its number of optimizer steps; 0 where there is none.
+
+        Raises:
+            ValueError: where it was made with another network or other averages.
+        """
+        loaded = Checkpoints(run).load()
+        if loaded is None:
+            return 0
+        step, weights, state = loaded
+        modules = {f"ema-{name}": profile.module for name, profile in self.profiles.items()}
+        modules |= {"unet": self.accelerator.unwrap_model(self.unet), "ema": self.average.module}
+        try:
+            for name, module in modules.items():
+                module.load_state_dict(weights[name])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.timesteps.load_state_dict(state["timesteps"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"the checkpoint of {run} does not fit this config: {error}") from error
+        if self.accelerator.scaler is not None and "scaler" in state:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.bad_steps, self.skipped = 0, state["skipped"]
+        return step
+
+    def roll_back(self, run: Path) -> int:
+        """Back to the last checkpoint after too many bad steps in a row; the second time to the same one gives up."""
+        step = self.restore(run)
+        found = f"{self.config.max_bad_steps} steps in a row had no finite gradient"
+        if step in (0, self.rolled_back_to):
+            raise ValueError(
+                f"{found}, and nothing before them helps; try a lower learning_rate or more lr_warmup_steps."
+            )
+        self.rolled_back_to = step
+        self.accelerator.print(f"{found}: back to the checkpoint of step {step}.")
+        return step
+
+    def metrics(self) -> dict[str, float]:
+        """What the log shows of the last step."""
+        return {"gradient_norm": self.gradient_norm, "skipped_steps": self.skipped}
+
+    def describe(self) -> str:
+        """The part of the plan that concerns the network and the machine."""
+        accelerator, config = self.accelerator, self.config
+        parameters = sum(p.numel() for p in self.average.module.parameters())
+        parts = f"{accelerator.num_processes} processes x {config.gradient_accumulation_steps} accumulation steps"
+        return (
+            f"{type(self.average.module).__name__} of {parameters:,} parameters on {accelerator.device.type}, "
+            f"{accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'float32'}\n"
+            f"{config.steps} steps of {config.batch_size} images ({parts})"
+        )

@@ -1,0 +1,64 @@
+"""Which timesteps are trained on: uniform, or more often where the loss is large."""
+
+import torch
+from torch import Tensor
+
+
+class UniformSampler:
+    """Every timestep equally often (DDPM, Algorithm 1, line 3)."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def probabilities(self) -> Tensor:
+        """The probability of each timestep, float64 (T,)."""
+        return torch.full((self.steps,), 1 / self.steps, dtype=torch.float64)
+
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        """Nothing to learn."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        pass
+
+
+class LossSecondMomentSampler(UniformSampler):
+    """p_t proportional to sqrt(E[L_t^2]) over the last losses of each timestep (Improved DDPM, eq. 18).
+
+    Uniform until each timestep has a full history; a share of 0.1 % stays uniform.
+
+    Args:
+        steps: T.
+        history: losses remembered per timestep, 10 in the paper.
+    """
+
+    def __init__(self, steps: int, history: int = 10):
+        super().__init__(steps)
+        self.losses = torch.zeros(steps, history, dtype=torch.float64)
+        self.counts = torch.zeros(steps, dtype=torch.long)
+
+    def probabilities(self) -> Tensor:
+        if (self.counts < self.losses.shape[1]).any():
+            return super().probabilities()
+        weights = self.losses.square().mean(1).sqrt()
+        return 0.999 * weights / weights.sum() + 0.001 / self.steps
+
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        """Remember the losses (B,) of timesteps (B,); the oldest of a timestep gives way."""
+        for step, loss in zip(t.tolist(), losses.double().tolist(), strict=True):
+            self.losses[step, self.counts[step] % self.losses.shape[1]] = loss
+            self.counts[step] += 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"losses": self.losses, "counts": self.counts}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.losses, self.counts = state["losses"].clone(), state["counts"].clone()
+
+
+TIMESTEP_SAMPLERS: dict[str, type[UniformSampler]] = {
+    "uniform": UniformSampler,
+    "loss_second_moment": LossSecondMomentSampler,
+}
