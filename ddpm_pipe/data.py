@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
@@ -26,25 +26,28 @@ from torch import Tensor
 from ddpm_pipe.randomness import generator
 
 T = TypeVar("T")
+AnyDataset = Any
+"""`datasets.Dataset` or `datasets.IterableDataset`."""
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Number of channels -> mode of PIL."""
 
 _GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
-_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 _FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".zip": "imagefolder"}
 
 
 # ---------------------------------------------------------------- finding the images
 
 
-def open_dataset(data: str, split: str = "train") -> datasets.Dataset:
+def open_dataset(data: str, split: str = "train", streaming: bool = False) -> AnyDataset:
     """Open a dataset wherever it is.
 
     Args:
         data: a folder of images (class subfolders become labels), of parquet files or of `Dataset.save_to_disk`; a
             parquet, arrow, tar or zip file or a glob of such files; or the id of a dataset on the Hub.
         split: which split, where there are several.
+        streaming: read it row by row instead of as a whole.
 
     Raises:
         ValueError: where there is nothing to read, naming what was looked for.
@@ -53,10 +56,13 @@ def open_dataset(data: str, split: str = "train") -> datasets.Dataset:
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             found = datasets.load_from_disk(str(path))
-            return found[split] if isinstance(found, datasets.DatasetDict) else found
+            found = found[split] if isinstance(found, datasets.DatasetDict) else found
+            return found.to_iterable_dataset() if streaming else found
         if path.suffix in _FILE_FORMATS:
-            return datasets.load_dataset(_FILE_FORMATS[path.suffix], data_files=str(path), split="train")
-        return datasets.load_dataset(str(path) if path.is_dir() else data, split=split)
+            options = {"path": _FILE_FORMATS[path.suffix], "data_files": str(path), "split": "train"}
+        else:
+            options = {"path": str(path) if path.is_dir() else data, "split": split}
+        return datasets.load_dataset(**options, streaming=streaming)
     except (FileNotFoundError, HFValidationError, HfHubHTTPError, ConnectionError, OSError) as error:
         if path.is_dir():
             raise ValueError(f"data={data!r} is a folder without images or parquet files.") from error
@@ -68,7 +74,7 @@ def open_dataset(data: str, split: str = "train") -> datasets.Dataset:
         raise ValueError(f"data={data!r} with split={split!r} could not be read: {error}") from error
 
 
-def find_image_column(dataset: datasets.Dataset, name: str | None = None) -> str:
+def find_image_column(dataset: AnyDataset, name: str | None = None) -> str:
     """The column that holds the images: `name` if given, else the only one that looks like it.
 
     Raises:
@@ -91,33 +97,34 @@ def _holds_images(feature: object) -> bool:
     return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
 
 
-def find_labels(dataset: datasets.Dataset, name: str | None = None) -> tuple[Tensor, list[str]]:
-    """Labels (N,) from 0 and the names of the classes: of column `name`, else of the only class-label column.
+def find_label_column(dataset: AnyDataset, name: str | None = None) -> str:
+    """The column that holds the classes: `name` if given, else the only one of class labels.
 
     Raises:
-        ValueError: for an unknown column, or where no single one holds labels.
+        ValueError: for an unknown column, or where no single one holds class labels.
     """
-    if name is None:
-        found = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
-        if len(found) != 1:
-            columns = ", ".join(dataset.column_names)
-            raise ValueError(
-                f"{len(found)} columns hold class labels; name one with label_column (columns: {columns})."
-            )
-        name = found[0]
-    elif name not in dataset.column_names:
-        raise ValueError(
-            f"label_column={name!r} is not in the data; its columns are {', '.join(dataset.column_names)}."
-        )
-    if not isinstance(dataset.features[name], datasets.ClassLabel):
-        dataset = dataset.class_encode_column(name)
-    return torch.tensor(dataset[name][:]), dataset.features[name].names
+    columns = ", ".join(dataset.column_names)
+    if name is not None:
+        if name not in dataset.column_names:
+            raise ValueError(f"label_column={name!r} is not in the data; its columns are {columns}.")
+        return name
+    found = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} columns hold class labels; name one with label_column (columns: {columns}).")
+    return found[0]
+
+
+def read_labels(dataset: datasets.Dataset, column: str) -> tuple[Tensor, tuple[str, ...]]:
+    """Labels (N,) from 0 and the names of the classes; numbers and strings are numbered in sorted order."""
+    if not isinstance(dataset.features[column], datasets.ClassLabel):
+        dataset = dataset.class_encode_column(column)
+    return torch.tensor(dataset[column][:]), tuple(dataset.features[column].names)
 
 
 # ---------------------------------------------------------------- decoding
 
 
-def _open_image(cell: dict | None) -> Image.Image:
+def open_image(cell: dict | None) -> Image.Image:
     """A PIL image, upright, from the bytes or the path in a cell of the image column; only the header is read."""
     if cell is None:
         raise ValueError("there is no image")
@@ -148,10 +155,10 @@ class Header:
     error: str | None = None
 
 
-def _read_header(cell: dict | None) -> Header:
+def read_header(cell: dict | None) -> Header:
     try:
-        image = _open_image(cell)
-    except _UNREADABLE as error:
+        image = open_image(cell)
+    except UNREADABLE as error:
         return Header(error=str(error))
     return Header((image.height, image.width), image.mode in _GREY_MODES)
 
@@ -241,6 +248,10 @@ class ImageData:
         first, second = drawn[count:].sort().values, drawn[:count].sort().values
         return replace(self, rows=first), replace(self, rows=second)
 
+    def batches(self, batch_size: int, seed: int, flip: bool) -> "Batches":
+        """Training batches of these images."""
+        return Batches(self, batch_size, seed, flip)
+
     def describe(self) -> str:
         """The plan that is printed before training starts."""
         channels, height, width = self.shape
@@ -284,10 +295,10 @@ def load_images(
     """
     dataset = open_dataset(data, split)
     column = find_image_column(dataset, image_column)
-    labels, names = find_labels(dataset, label_column) if with_labels else (None, [])
+    labels, names = read_labels(dataset, find_label_column(dataset, label_column)) if with_labels else (None, ())
     cells = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
 
-    headers = list(_map_cells(_read_header, cells, column))
+    headers = list(_map_cells(read_header, cells, column))
     readable = [header for header in headers if header.error is None]
     if not readable:
         raise ValueError(f"data={data!r} has no image that can be read in column {column!r} ({len(headers)} rows).")
@@ -305,7 +316,7 @@ def load_images(
         images=torch.from_numpy(images),
         rows=rows,
         labels=labels,
-        class_names=tuple(names),
+        class_names=names,
         column=column,
         skipped=tuple(f"row {i}: {reason}" for i, reason in skipped.items()),
         memory_mapped=isinstance(images, np.memmap),
@@ -325,8 +336,8 @@ def _decode_into(images: np.ndarray, cells: datasets.Dataset, column: str) -> di
 
     def decode(cell: dict | None) -> tuple[np.ndarray | None, str]:
         try:
-            return to_array(_open_image(cell), channels, tuple(size)), ""
-        except _UNREADABLE as error:
+            return to_array(open_image(cell), channels, tuple(size)), ""
+        except UNREADABLE as error:
             return None, f"{(cell or {}).get('path') or 'no path'}: {error}"
 
     skipped = {}
@@ -389,9 +400,14 @@ class Batches:
         images, labels = self.data.take(self.positions(step)[part])
         x0 = to_unit_range(images.to(device, non_blocking=True))
         if self.flip:
-            draws = torch.rand(self.batch_size, generator=generator(self.seed, "flip", step))[part]
-            x0 = torch.where((draws < 0.5).to(device).view(-1, 1, 1, 1), x0.flip(-1), x0)
+            x0 = flip_some(x0, torch.rand(self.batch_size, generator=generator(self.seed, "flip", step))[part])
         return x0, labels if labels is None else labels.to(device, non_blocking=True)
+
+
+def flip_some(images: Tensor, draws: Tensor) -> Tensor:
+    """Mirror the images (n, C, H, W) whose draw from [0, 1) is below 1/2."""
+    mirrored = (draws < 0.5).to(images.device, non_blocking=True)
+    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
 def to_unit_range(images: Tensor) -> Tensor:

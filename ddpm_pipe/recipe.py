@@ -16,6 +16,7 @@ from ddpm_pipe.objective import LOSSES
 from ddpm_pipe.prediction import LOSS_WEIGHTS
 from ddpm_pipe.randomness import derive_seed
 from ddpm_pipe.schedulers import LEARNED_VARIANCES, DDPMScheduler
+from ddpm_pipe.stream import ImageStream
 from ddpm_pipe.timesteps import TIMESTEP_SAMPLERS
 from ddpm_pipe.unet import DDPMUNet2DModel
 
@@ -50,6 +51,7 @@ class TrainConfig:
     channels: int | None = _option(None, "1 (grey), 3 (RGB) or 4 (RGBA)")
     flip: bool = _option(False, "mirror images at random")
     class_conditional: bool = _option(False, "train on the labels too")
+    streaming: bool = _option(False, "read the data as it is needed instead of decoding it first")
     holdout: int = _option(0, "images kept out of training, on which the loss is measured")
     class_dropout: float = _option(0.1, "probability of hiding a label, for classifier-free guidance")
 
@@ -156,7 +158,7 @@ def lr_at(step: int, config: TrainConfig) -> float:
     return config.learning_rate * decay[config.lr_schedule]
 
 
-def make_unet(config: TrainConfig, data: ImageData) -> ModelMixin:
+def make_unet(config: TrainConfig, data: ImageData | ImageStream) -> ModelMixin:
     """The network of the config for these images: sizes, channels and classes follow from the data.
 
     Raises:

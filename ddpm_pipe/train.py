@@ -14,7 +14,7 @@ from accelerate.utils import is_tensorboard_available
 
 from ddpm_pipe.checkpoint import replace_folder
 from ddpm_pipe.config import save_config
-from ddpm_pipe.data import Batches, ImageData, load_images
+from ddpm_pipe.data import ImageData, load_images
 from ddpm_pipe.draws import micro_batches
 from ddpm_pipe.health import show_health
 from ddpm_pipe.interruption import Interrupted, Interruption
@@ -24,6 +24,7 @@ from ddpm_pipe.pipeline import DDPMPipeline
 from ddpm_pipe.recipe import TrainConfig, lr_at, make_scheduler, make_unet
 from ddpm_pipe.report import write_report
 from ddpm_pipe.state import TrainState
+from ddpm_pipe.stream import ImageStream, stream_images
 
 __all__ = ["Interrupted", "TrainConfig", "lr_at", "train"]
 
@@ -54,7 +55,7 @@ def train(config: TrainConfig) -> Path:
     accelerator.print(f"{data.describe()}\n{state.describe()}")
     if accelerator.is_main_process:
         save_config(config, run / CONFIG)
-    batches = Batches(data, config.batch_size, config.seed, config.flip)
+    batches = data.batches(config.batch_size, config.seed, config.flip)
     log = Log(config, accelerator, run, step)
 
     with Interruption() as interruption:
@@ -160,10 +161,11 @@ def print_changes(saved: Path, config: TrainConfig) -> None:
             print(f"resumed with {name}={now!r}, was {value!r}")
 
 
-def load_training_images(config: TrainConfig, accelerator: Accelerator) -> tuple[ImageData, ImageData]:
-    """The images to train on, and those held out; decoded by the main process first, which fills the cache."""
+def load_training_images(config: TrainConfig, accelerator: Accelerator) -> tuple[ImageData | ImageStream, ImageData]:
+    """The images to train on, and those held out; read by the main process first, which fills the caches."""
+    load = stream_images if config.streaming else load_images
     with accelerator.main_process_first():
-        data = load_images(
+        data = load(
             config.data,
             config.split,
             image_column=config.image_column,

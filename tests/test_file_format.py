@@ -112,13 +112,15 @@ ALLOWED_IMPORTS = {
     # what training stands on
     "randomness": set(),
     "data": {"randomness"},
+    "stream": {"data", "randomness"},
     "ema": set(),
     "timesteps": set(),
     "checkpoint": set(),
     "config": set(),
     "interruption": set(),
     # training
-    "recipe": {"noise", "prediction", "unet", "schedulers", "objective", "randomness", "data", "ema", "timesteps"},
+    "recipe": {"noise", "prediction", "unet", "schedulers", "objective"}
+    | {"randomness", "data", "stream", "ema", "timesteps"},
     "draws": {"randomness", "recipe"},
     "state": {"checkpoint", "ema", "timesteps", "recipe"},
     "log": {"recipe"},

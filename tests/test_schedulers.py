@@ -351,7 +351,7 @@ def test_the_default_config_is_that_of_diffusers(scheduler_class):
 
 @both
 def test_no_key_counts_as_left_at_its_default(scheduler_class):
-    """diffusers would give such keys the defaults of the scheduler it makes of our config, and Heun's chain is another."""
+    """diffusers would give such keys the defaults of the scheduler made of our config, and Heun's chain is another."""
     assert list(scheduler_class().config["_use_default_values"]) == []
 
 

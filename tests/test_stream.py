@@ -1,0 +1,118 @@
+"""Streams: the same images as when decoded at once, in an order that depends on (seed, step) alone."""
+
+import io
+import tarfile
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_pipe.data import load_images
+from ddpm_pipe.stream import StreamBatches, stream_images
+
+
+def picture(number: int) -> Image.Image:
+    return Image.fromarray(np.full((4, 4), number, dtype=np.uint8))
+
+
+def parquet(path, numbers) -> str:
+    """Grey images whose value is their number, labelled by its parity."""
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["even", "odd"]))
+    rows = {"image": [picture(n) for n in numbers], "label": [n % 2 for n in numbers]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path / "data.parquet")
+    return str(path / "data.parquet")
+
+
+def numbers(x0: torch.Tensor) -> list[int]:
+    return ((x0[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+
+
+@pytest.fixture
+def stream(tmp_path):
+    return stream_images(parquet(tmp_path, range(10)), with_labels=True)
+
+
+def test_each_epoch_shows_every_image_once_without_gaps(stream):
+    batches = StreamBatches(stream, batch_size=4, seed=0)
+    drawn = [number for step in range(10) for number in numbers(batches(step, slice(0, 4))[0])]
+    epochs = [drawn[start : start + 10] for start in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_a_batch_is_a_function_of_seed_and_step_whatever_was_read_before(stream):
+    forward = [numbers(StreamBatches(stream, 4, seed=3)(step, slice(0, 4))[0]) for step in (0, 1, 5)]
+    one = StreamBatches(stream, 4, seed=3)
+    jumping = [numbers(one(step, slice(0, 4))[0]) for step in (5, 0, 1)]
+    assert forward == [*jumping[1:], jumping[0]]
+    assert forward[0] != numbers(StreamBatches(stream, 4, seed=4)(0, slice(0, 4))[0])
+
+
+def test_parts_make_up_the_batch_with_labels_and_flips(stream):
+    whole, labels = StreamBatches(stream, 6, seed=0, flip=True)(2, slice(0, 6))
+    parts = [StreamBatches(stream, 6, seed=0, flip=True)(2, slice(start, start + 2)) for start in (0, 2, 4)]
+    assert torch.equal(whole, torch.cat([x0 for x0, _ in parts]))
+    assert torch.equal(labels, torch.cat([part for _, part in parts]))
+    assert labels.tolist() == [number % 2 for number in numbers(whole)]
+
+
+def test_held_out_images_are_not_trained_on(stream):
+    train, held_out = stream.hold_out(3, seed=0)
+    assert held_out.images[:, 0, 0, 0].tolist() == [0, 1, 2] and held_out.labels.tolist() == [0, 1, 0]
+    drawn = numbers(StreamBatches(train, 14, seed=0)(0, slice(0, 14))[0])
+    assert set(drawn) == set(range(3, 10))
+
+
+def test_webdataset_shards_give_the_same_images_streamed_or_not(tmp_path):
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"shard-{shard}.tar", "w") as tar:
+            for number in range(5 * shard, 5 * shard + 5):
+                content = io.BytesIO()
+                picture(number).save(content, "PNG")
+                entry = tarfile.TarInfo(f"{number:04d}.png")
+                entry.size = content.tell()
+                tar.addfile(entry, io.BytesIO(content.getvalue()))
+    shards = str(tmp_path / "shard-*.tar")
+    assert load_images(shards).images[:, 0, 0, 0].tolist() == list(range(10))
+    batches = StreamBatches(stream_images(shards), 10, seed=0)
+    assert sorted(numbers(batches(0, slice(0, 10))[0])) == list(range(10))
+
+
+def test_an_unreadable_image_gives_way_to_the_one_before_it_and_is_reported(tmp_path):
+    rows = []
+    for number in range(4):
+        content = io.BytesIO()
+        picture(number).save(content, "PNG")
+        rows.append({"bytes": b"no picture" if number == 2 else content.getvalue(), "path": None})
+    table = datasets.Dataset.from_dict({"image": rows}).cast_column("image", datasets.Image())
+    table.to_parquet(tmp_path / "data.parquet")
+    stream = stream_images(str(tmp_path / "data.parquet"))
+    with pytest.warns(UserWarning, match="cannot be read"):
+        images, _ = stream.decode(list(stream.rows))
+    assert images[:, 0, 0, 0].tolist() == [0, 1, 1, 3]
+
+
+def test_other_sizes_are_made_to_fit_the_first(tmp_path):
+    table = datasets.Dataset.from_dict({"image": [picture(1), picture(2).resize((8, 6))]})
+    table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "data.parquet")
+    stream = stream_images(str(tmp_path / "data.parquet"))
+    assert stream.shape == (1, 4, 4)
+    assert stream.decode(list(stream.rows))[0].shape == (2, 1, 4, 4)
+    assert stream_images(str(tmp_path / "data.parquet"), resolution=[2], channels=3).shape == (3, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"image_column": "picture"}, "image_column='picture' is not in the data"),
+        ({"with_labels": True, "label_column": "number"}, "label_column='number' must be of the class-label type"),
+        ({"split": "dev"}, "could not be read"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path, options, sentence):
+    table = datasets.Dataset.from_dict({"image": [picture(1)], "number": [1]}).cast_column("image", datasets.Image())
+    table.to_parquet(tmp_path / "train-0.parquet")
+    with pytest.raises(ValueError, match=sentence):
+        stream_images(str(tmp_path), **options)
