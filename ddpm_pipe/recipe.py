@@ -148,6 +148,10 @@ class TrainConfig:
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite contradict each other; choose one.")
 
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether what is done every so many steps, and at the end, is due after `step` of them; 0 is never."""
+        return every > 0 and (step % every == 0 or step == self.steps)
+
 
 def lr_at(step: int, config: TrainConfig) -> float:
     """The learning rate of optimizer step `step`, from 0: linear warm-up, then constant or a decay to 0."""

@@ -102,9 +102,7 @@ class TrainState:
         }
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
-        if profiles and (
-            step == self.config.steps or step % (self.config.ema_snapshot_every or self.config.save_every) == 0
-        ):
+        if profiles and self.config.is_due(step, self.config.ema_snapshot_every or self.config.save_every):
             replace_folder(run / "ema" / f"step-{step:08d}", lambda folder: save_tensors(folder, profiles))
         weights |= {f"ema-{name}": tensors for name, tensors in profiles.items()}
         Checkpoints(run, self.config.keep_last, self.config.keep_every).save(step, weights, state)

@@ -5,6 +5,7 @@ and the batch is cut into equal parts for processes and accumulation steps: the 
 """
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -54,7 +55,7 @@ def train(config: TrainConfig) -> Path:
     step = state.restore(run) if config.resume else 0
     accelerator.print(f"{data.describe()}\n{state.describe()}")
     if accelerator.is_main_process:
-        save_config(config, run / CONFIG)
+        save_config(replace(config, resume=False, overwrite=False), run / CONFIG)
     batches = data.batches(config.batch_size, config.seed, config.flip)
     log = Log(config, accelerator, run, step)
 
@@ -63,9 +64,7 @@ def train(config: TrainConfig) -> Path:
             seen = []
             for part, draws in micro_batches(config, accelerator, state.timesteps.probabilities(), step, data.shape):
                 x0, labels = batches(step, part, accelerator.device)
-                conditions = (
-                    {} if labels is None else {"class_labels": torch.where(draws.hide_label, state.null_class, labels)}
-                )
+                conditions = draws.conditions(labels, state.null_class)
                 with accelerator.accumulate(state.unet):
                     losses = objective(state.unet, x0, draws.t, draws.eps, draws.self_condition, **conditions)
                     accelerator.backward((losses * draws.weight).mean())
@@ -78,14 +77,14 @@ def train(config: TrainConfig) -> Path:
 
             step += 1
             log.write(step, seen, learning_rate=lr_at(step - 1, config), **state.metrics())
-            last, interrupted = step == config.steps, interruption.agreed(step, config.log_every, accelerator)
+            interrupted = interruption.agreed(step, config.log_every, accelerator)
             if accelerator.is_main_process:
-                if config.sample_every and (last or step % config.sample_every == 0):
+                if config.is_due(step, config.sample_every):
                     show_health(config, state, objective, held_out, log, step)
-                if last or interrupted or step % config.save_every == 0:
+                if interrupted or config.is_due(step, config.save_every):
                     state.save(run, step)
                     replace_folder(run / "pipeline", DDPMPipeline(state.average.module, scheduler).save_pretrained)
-            if interrupted and not last:
+            if interrupted and step < config.steps:
                 accelerator.wait_for_everyone()
                 accelerator.print(f"stopped at step {step}; go on with --resume.")
                 raise Interrupted

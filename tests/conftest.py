@@ -1,9 +1,33 @@
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
+from lives import Lives
+from runs import make_recipe
 
 
 @pytest.fixture(scope="session")
 def repo() -> Path:
     """The root of the project."""
     return Path(__file__).parent.parent
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate keeps the precision of a process; each test starts as a new process would."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def recipe(tmp_path, fresh_accelerate):
+    """A run of a few steps on the bundled test images at 8x8, in a folder of this test."""
+    return lambda folder="run", *args, **options: make_recipe(tmp_path / folder, *args, **options)
+
+
+@pytest.fixture(scope="session")
+def lives():
+    """Starts runs in processes of their own."""
+    handle = Lives()
+    yield handle
+    handle.close()

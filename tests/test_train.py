@@ -1,8 +1,5 @@
 """The whole loop on real images and a small network: it learns, it saves, and it is the same run however it is cut."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,77 +7,11 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
+from runs import NETWORK, STOCK, assert_same, final_state, launch
 from safetensors.torch import load_file
 
 from ddpm_pipe import DDPMPipeline
-from ddpm_pipe.recipe import JsonDict
-from ddpm_pipe.train import TrainConfig, train
-
-NETWORK = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "attention_types": "none"}
-STOCK = {
-    "_class_name": "UNet2DModel",
-    "block_out_channels": [8, 16],
-    "down_block_types": ["DownBlock2D"] * 2,
-    "up_block_types": ["UpBlock2D"] * 2,
-    "norm_num_groups": 4,
-}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps the precision of a process; each test starts as a new process would."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture
-def recipe(tmp_path, repo):
-    """A run of a few steps on the bundled test images at 8x8."""
-
-    def make(folder="run", unet=NETWORK, **options) -> TrainConfig:
-        defaults = {
-            "data": str(repo / "examples" / "fashion_mnist"),
-            "split": "test",
-            "resolution": [8],
-            "num_train_timesteps": 20,
-            "beta_schedule": "cosine",
-            "steps": 6,
-            "batch_size": 8,
-            "learning_rate": 2e-3,
-            "mixed_precision": "no",
-            "num_samples": 10,
-            "sample_steps": 2,
-            "tracker": "none",
-        }
-        return TrainConfig(output_dir=str(tmp_path / folder), unet=JsonDict(unet), **(defaults | options))
-
-    return make
-
-
-def final_state(config: TrainConfig) -> dict[str, torch.Tensor]:
-    """All tensors of the last checkpoint: weights, average and optimizer."""
-    folder = max((Path(config.output_dir) / "checkpoints").iterdir())
-    tensors = {
-        f"{name}.{k}": v for name in ("unet", "ema") for k, v in load_file(folder / f"{name}.safetensors").items()
-    }
-    moments = torch.load(folder / "state.pt", weights_only=True)["optimizer"]["state"]
-    tensors |= {f"{path.stem}.{k}": v for path in folder.glob("ema-*") for k, v in load_file(path).items()}
-    return tensors | {f"{i}.{k}": v for i, state in moments.items() for k, v in state.items()}
-
-
-def assert_same(first: dict, second: dict, **tolerance) -> None:
-    assert first.keys() == second.keys()
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], msg=name, **(tolerance or {"rtol": 0, "atol": 0}))
-
-
-def launch(repo, *argv: str, processes: int) -> subprocess.CompletedProcess:
-    """Several processes on CPUs: without MPI, `accelerate launch --cpu` would start only one."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, "examples/train.py", *argv], cwd=repo, env=environment, capture_output=True, text=True, timeout=600
-    )
+from ddpm_pipe.train import train
 
 
 @pytest.mark.parametrize(
@@ -161,13 +92,13 @@ def test_accumulation_does_not_change_the_run(recipe):
 
 
 @pytest.mark.slow
-def test_two_processes_are_the_same_run_as_one(recipe, repo, tmp_path):
+def test_two_processes_are_the_same_run_as_one(recipe, tmp_path):
     from ddpm_pipe.config import save_config
 
     one, two = recipe("one"), recipe("two")
     train(one)
     save_config(two, tmp_path / "two.yaml")
-    done = launch(repo, str(tmp_path / "two.yaml"), processes=2)
+    done = launch(str(tmp_path / "two.yaml"), processes=2)
     assert done.returncode == 0, done.stderr
     assert "2 processes x 1 accumulation steps" in done.stdout
     assert_same(final_state(one), final_state(two), rtol=1e-3, atol=2e-5)

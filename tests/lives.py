@@ -1,0 +1,227 @@
+"""Real processes for little: a parent imports the package once and forks a child for every life of a run.
+
+Run as a program this file is that parent; imported, it is the tests' handle on it. A child does what `python
+examples/train.py ...` does, up to the end of the interpreter; only the seconds that importing torch takes are shared.
+"""
+
+import json
+import os
+import random
+import re
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).parent.parent
+
+# ---------------------------------------------------------------- the handle
+
+
+class Life:
+    """One process of a run, from its start to its end."""
+
+    def __init__(self, lives: "Lives", pid: int, log: Path):
+        self.lives, self.pid, self.log = lives, pid, log
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)  # it stays a zombie until `wait`, so the pid is never another's
+
+    def wait(self, timeout: float = 120) -> int:
+        """The exit code, negative for a signal; what hangs is killed and raises."""
+        return self.lives.ask(wait=self.pid, timeout=timeout)
+
+    @property
+    def output(self) -> str:
+        return self.log.with_suffix(".out").read_text()
+
+    @property
+    def errors(self) -> str:
+        return self.log.with_suffix(".err").read_text()
+
+
+class Lives:
+    """The parent of the processes.
+
+    `start` runs the training of a config file in a new process:
+        die_in: the write to its folder that it does not survive, by number or by a part of its name (`watch_writes`).
+        record: a file to list its writes in.
+        limit: most bytes of a file; more is an OSError, as on a full disk. 0 for no limit.
+    """
+
+    def __init__(self):
+        self.folder, self.count = Path(tempfile.mkdtemp(prefix="lives-")), 0
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def ask(self, **request: Any) -> Any:
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        answer = json.loads(self.process.stdout.readline())
+        if answer is None:
+            raise TimeoutError(f"{request} took too long")
+        return answer
+
+    def start(
+        self,
+        *argv: str,
+        die_in: int | str = 0,
+        record: Path | None = None,
+        limit: int = 0,
+        environment: dict[str, str] | None = None,
+    ) -> Life:
+        self.count += 1
+        log = self.folder / str(self.count)
+        options = {"die_in": die_in, "record": record and str(record), "limit": limit}
+        pid = self.ask(argv=argv, log=str(log), environment=environment or {}, **options)
+        return Life(self, pid, log)
+
+    def start_ranks(self, count: int, *argv: str, **options: Any) -> list[Life]:
+        """The processes of one run, told of each other as `torchrun` tells them."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        whole = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        whole |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+        ranks = [whole | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+        return [self.start(*argv, environment=rank, **options) for rank in ranks]
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+        shutil.rmtree(self.folder)
+
+
+# ---------------------------------------------------------------- the parent
+
+
+def serve() -> None:
+    """Start and await children as told, one request and one answer a line. A child returns from here too."""
+    os.chdir(REPO)
+    import matplotlib.figure  # noqa: F401
+    import safetensors.torch  # noqa: F401
+
+    import ddpm_pipe.train  # noqa: F401
+
+    threads = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+    others = [name for name in threads[1:] if name != "jemalloc_bg_thd"]  # pyarrow's, which knows about forks
+    assert not others, f"a child forked beside the threads {others} could hang"
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            answer = wait(request["wait"], request["timeout"])
+        else:
+            answer = os.fork()
+            if not answer:
+                return live(**request)
+        print(json.dumps(answer), flush=True)
+
+
+def wait(pid: int, timeout: float) -> int | None:
+    """The exit code of a child; None where it had to be killed."""
+    end = time.monotonic() + timeout
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > end:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return None
+        time.sleep(0.002)
+
+
+def live(
+    argv: list[str], log: str, environment: dict[str, str], die_in: int | str, record: str | None, limit: int
+) -> None:
+    """Be a new process that trains."""
+    import resource
+
+    import numpy as np
+    import torch
+
+    for name, mode, descriptor in (("/dev/null", "r", 0), (f"{log}.out", "w", 1), (f"{log}.err", "w", 2)):
+        with open(name, mode) as file:
+            os.dup2(file.fileno(), descriptor)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.update(environment)
+    for seed in (random.seed, np.random.seed, torch.seed):  # no two processes start with the same
+        seed()
+    if limit:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if die_in or record:
+        watch_writes(die_in, record)
+    sys.argv = ["examples/train.py", *argv]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def watch_writes(die_in: int | str, record: str | None) -> None:
+    """Count what the run does to its folder, named `call path`, and die in the middle of the first that is `die_in`.
+
+    A number counts the writes of checkpoints, averages and pipeline only, from 1. In the middle means: of a file, half
+    is written; of a folder to delete, one file is gone; a rename or sync is not yet done.
+    """
+    import safetensors.torch
+    import torch
+
+    saves = 0
+
+    def watch(owner: Any, name: str, path_of: Callable, spoil: Callable | None = None) -> None:
+        original = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal saves
+            path = Path(path_of(*args))
+            place = inside_run(path)
+            if place is None:
+                return original(*args, **kwargs)
+            saves += re.match(r"\.?(checkpoints|ema|pipeline)\b", place) is not None
+            label = f"{name} {place}"
+            if record:
+                with open(record, "a") as file:
+                    file.write(f"{label}\n")
+            if die_in in label if isinstance(die_in, str) else 0 < die_in == saves:
+                if spoil:
+                    spoil(lambda: original(*args, **kwargs), path)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, call)
+
+    watch(safetensors.torch, "save_file", lambda tensors, path, *_: path, half_write)
+    watch(torch, "save", lambda value, path, *_: path, half_write)
+    watch(Path, "write_text", lambda path, *_: path, half_write)
+    watch(os, "fsync", lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}"))
+    watch(Path, "rename", lambda path, *_: path)
+    watch(Path, "replace", lambda path, *_: path)
+    watch(os, "replace", lambda path, *_: path)
+    watch(shutil, "rmtree", lambda path, *_: path, half_delete)
+
+
+def inside_run(path: Path) -> str | None:
+    """The path inside the run folder, which is the last one called `run`; None for others."""
+    names = path.parts
+    return "/".join(names[len(names) - names[::-1].index("run") :]) if "run" in names else None
+
+
+def half_write(write: Callable[[], Any], path: Path) -> None:
+    write()
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def half_delete(delete: Callable[[], Any], path: Path) -> None:
+    for file in sorted(path.rglob("*.*"))[:1]:
+        file.unlink()
+
+
+if __name__ == "__main__":
+    serve()

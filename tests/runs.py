@@ -1,0 +1,73 @@
+"""What the tests of whole runs share: a small recipe, and how two runs are compared."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from ddpm_pipe.log import read_metrics
+from ddpm_pipe.recipe import JsonDict, TrainConfig
+
+REPO = Path(__file__).parent.parent
+NETWORK = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "attention_types": "none"}
+STOCK = {
+    "_class_name": "UNet2DModel",
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownBlock2D"] * 2,
+    "up_block_types": ["UpBlock2D"] * 2,
+    "norm_num_groups": 4,
+}
+
+
+def make_recipe(folder: Path, unet=NETWORK, **options) -> TrainConfig:
+    """A run of a few steps on the bundled test images at 8x8."""
+    defaults = {
+        "data": str(REPO / "examples" / "fashion_mnist"),
+        "split": "test",
+        "resolution": [8],
+        "num_train_timesteps": 20,
+        "beta_schedule": "cosine",
+        "steps": 6,
+        "batch_size": 8,
+        "learning_rate": 2e-3,
+        "mixed_precision": "no",
+        "num_samples": 10,
+        "sample_steps": 2,
+        "tracker": "none",
+    }
+    return TrainConfig(output_dir=str(folder), unet=JsonDict(unet), **(defaults | options))
+
+
+def final_state(config: TrainConfig) -> dict[str, torch.Tensor]:
+    """All tensors of the last checkpoint: weights, average and optimizer."""
+    folder = max((Path(config.output_dir) / "checkpoints").iterdir())
+    tensors = {
+        f"{name}.{k}": v for name in ("unet", "ema") for k, v in load_file(folder / f"{name}.safetensors").items()
+    }
+    moments = torch.load(folder / "state.pt", weights_only=True)["optimizer"]["state"]
+    tensors |= {f"{path.stem}.{k}": v for path in folder.glob("ema-*") for k, v in load_file(path).items()}
+    return tensors | {f"{i}.{k}": v for i, state in moments.items() for k, v in state.items()}
+
+
+def assert_same(first: dict, second: dict, **tolerance) -> None:
+    """The same names and, unless a tolerance is given, the same bits."""
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], msg=name, **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+def loss_curve(config: TrainConfig) -> list[tuple[int, float]]:
+    """Step and loss of every entry of metrics.jsonl that has a loss."""
+    return [(entry["step"], entry["loss"]) for entry in read_metrics(Path(config.output_dir)) if "loss" in entry]
+
+
+def launch(*argv: str, processes: int) -> subprocess.CompletedProcess:
+    """Several processes on CPUs: without MPI, `accelerate launch --cpu` would start only one."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, "examples/train.py", *argv], cwd=REPO, env=environment, capture_output=True, text=True, timeout=600
+    )
