@@ -57,7 +57,8 @@ def held_out_loss(
 
 def sample_grid(config: TrainConfig, pipeline: DDPMPipeline) -> Image.Image:
     """A grid drawn with DDIM from the same noise each time; with classes, one column per class."""
-    unet, count, columns, options = pipeline.unet, config.num_samples, math.ceil(math.sqrt(config.num_samples)), {}
+    unet, count, options = pipeline.unet, config.num_samples, {}
+    columns = math.ceil(math.sqrt(count))
     sampler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
     pipeline = DDPMPipeline(unet, sampler)
     pipeline.set_progress_bar_config(disable=True)
@@ -65,7 +66,8 @@ def sample_grid(config: TrainConfig, pipeline: DDPMPipeline) -> Image.Image:
         classes = unet.config.num_class_embeds - (not hasattr(unet, "null_class"))
         columns = min(classes, count)
         options = {"class_labels": torch.arange(count) % classes, "guidance_scale": config.guidance_scale}
-    (images,) = pipeline(count, generator(config.seed, "sample"), config.sample_steps, **options, return_dict=False)
+    noise = generator(config.seed, "sample")
+    (images,) = pipeline(count, noise, config.sample_steps, **options, return_dict=False)
     rows = math.ceil(count / columns)
     blank = [images[0].point(lambda _: 0)] * (rows * columns - count)
     return make_image_grid(images + blank, rows, columns)

@@ -39,6 +39,7 @@ class DDPMPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int | None = None,
         eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
         class_labels: int | list[int] | Tensor | None = None,
         guidance_scale: float = 1.0,
         output_type: str = "pil",
@@ -53,6 +54,8 @@ class DDPMPipeline(DiffusionPipeline):
             generator: source of all noise; a list has one per image, and then an image depends on its own alone.
             num_inference_steps: 1 to T; None takes all T timesteps of the training chain.
             eta: noise of DDIM, 0 to 1; only for schedulers whose `step` takes it.
+            use_clipped_model_output: derive the noise anew from the clipped x0; DDIM only. None does so with a guidance of
+                more than 1, which pushes x0 far out of range: what is clipped of it would come back as clutter.
             class_labels: one class for all images or one per image; None draws without a class.
             guidance_scale: classifier-free guidance (Ho & Salimans 2022): 1 is the plain conditional model, more than 1
                 pushes away from the unconditional one.
@@ -72,7 +75,7 @@ class DDPMPipeline(DiffusionPipeline):
             raise ValueError(
                 f"generator is a list of {len(generator)} for batch_size={batch_size}; give one per image."
             )
-        step_options = self._step_options(generator, eta)
+        step_options = self._step_options(generator, eta, use_clipped_model_output, guided=guidance_scale > 1)
         labels = self._labels(class_labels, batch_size, guidance_scale)
 
         scheduler = self.scheduler
@@ -171,15 +174,26 @@ class DDPMPipeline(DiffusionPipeline):
             raise ValueError(f"guidance_scale={scale} needs class_labels to guide towards.")
         return torch.cat([labels, torch.full_like(labels, null)])
 
-    def _step_options(self, generator: torch.Generator | list[torch.Generator] | None, eta: float) -> dict:
+    def _step_options(
+        self,
+        generator: torch.Generator | list[torch.Generator] | None,
+        eta: float,
+        use_clipped_model_output: bool | None,
+        guided: bool,
+    ) -> dict:
         """The keywords that this scheduler's `step` takes, of those that the caller gave."""
         if not 0 <= eta <= 1:
             raise ValueError(f"eta={eta} must lie between 0 (DDIM) and 1 (DDPM).")
         known = inspect.signature(self.scheduler.step).parameters
-        if eta and "eta" not in known:
-            raise ValueError(f"eta={eta} has no meaning for {type(self.scheduler).__name__}; use DDIMScheduler.")
-        options = {"generator": generator, "eta": eta}
-        return {name: value for name, value in options.items() if name in known}
+        of_ddim = {"eta": eta, "use_clipped_model_output": use_clipped_model_output}
+        for name, value in of_ddim.items():
+            if value and name not in known:
+                raise ValueError(
+                    f"{name}={value} has no meaning for {type(self.scheduler).__name__}; use DDIMScheduler."
+                )
+        if use_clipped_model_output is None:
+            of_ddim["use_clipped_model_output"] = guided
+        return {name: value for name, value in {"generator": generator, **of_ddim}.items() if name in known}
 
     def _to_images(self, sample: Tensor, output_type: str):
         images = (sample / 2 + 0.5).clamp(0, 1)

@@ -213,7 +213,7 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
 
     Args:
         sample_size: height and width of the images, an int or (height, width); any size of at least
-            patch_size * 2 ** (levels - 1) works, odd ones too.
+            2 ** (levels - 1) works, odd ones too.
         in_channels, out_channels: channels of the noisy image and of the output; with learned variance the output has
             twice the channels of the image.
         block_out_channels: channels after each level; its length is the number of resolutions.
@@ -223,8 +223,6 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
             resolution down.
         mid_attention_type: the same for the middle.
         num_attention_heads, attention_head_dim: of every attention.
-        patch_size: side of the squares of pixels that the network sees as one (Luhman & Luhman 2022);
-            2 makes it about four times as fast, and must divide height and width.
         time_embedding_type: "positional" (sinusoidal), "learned_fourier" or "random_fourier".
         weight_standardization: standardise the filters of the ResNet blocks.
         dropout: probability in [0, 1), inside each ResNet block.
@@ -252,7 +250,6 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
         mid_attention_type: str = "full",
         num_attention_heads: int = 4,
         attention_head_dim: int = 32,
-        patch_size: int = 1,
         time_embedding_type: str = "positional",
         weight_standardization: bool = True,
         dropout: float = 0.0,
@@ -278,8 +275,7 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
                 return nn.Identity()
             return AttentionBlock(ATTENTIONS[kind](channels, num_attention_heads, attention_head_dim), channels)
 
-        patch = patch_size**2
-        self.conv_in = nn.Conv2d(patch * in_channels * (2 if self_condition else 1), width, 7, padding=3)
+        self.conv_in = nn.Conv2d(in_channels * (2 if self_condition else 1), width, 7, padding=3)
 
         level_in = (width, *block_out_channels[:-1])
         self.down_blocks = nn.ModuleList()
@@ -296,7 +292,7 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
         self.mid_resnet_2 = resnet(mid, mid)
 
         self.resnet_out = resnet(2 * width, width)
-        self.conv_out = nn.Conv2d(width, patch * out_channels, 1)
+        self.conv_out = nn.Conv2d(width, out_channels, 1)
         self.gradient_checkpointing = False
 
     def _check(self, attention_types: tuple[str, ...]) -> None:
@@ -319,7 +315,7 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
                 f"block_out_channels={config.block_out_channels} must name at least one level, the first even and at "
                 "least 4 for the time embedding."
             )
-        for name in ("layers_per_block", "norm_num_groups", "num_attention_heads", "attention_head_dim", "patch_size"):
+        for name in ("layers_per_block", "norm_num_groups", "num_attention_heads", "attention_head_dim"):
             if config[name] < 1:
                 raise ValueError(f"{name}={config[name]} must be at least 1.")
         for channels in config.block_out_channels:
@@ -334,13 +330,11 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
             self._check_size(*((size, size) if isinstance(size, int) else size))
 
     def _check_size(self, height: int, width: int) -> None:
-        levels, patch = len(self.config.block_out_channels), self.config.patch_size
-        if height % patch or width % patch:
-            raise ValueError(f"images of {height}x{width} cannot be cut into patches of patch_size={patch}.")
-        if min(height, width) < patch * 2 ** (levels - 1):
+        levels = len(self.config.block_out_channels)
+        if min(height, width) < 2 ** (levels - 1):
             raise ValueError(
                 f"images of {height}x{width} are too small for {levels} levels of block_out_channels: "
-                f"height and width must be at least {patch * 2 ** (levels - 1)}."
+                f"height and width must be at least {2 ** (levels - 1)}."
             )
 
     @property
@@ -376,7 +370,7 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
             raise ValueError("self_cond was given to a network with self_condition=False.")
         self._check_size(*sample.shape[-2:])
 
-        x = stem = self.conv_in(F.pixel_unshuffle(sample, self.config.patch_size))
+        x = stem = self.conv_in(sample)
         skips, sizes = [], []
         for level in self.down_blocks:
             sizes.append(x.shape[-2:])
@@ -393,7 +387,7 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
             x = self._run(level, x, temb, level_skips, size)
 
         x = self.resnet_out(torch.cat([x, stem], dim=1), temb)
-        x = F.pixel_shuffle(self.conv_out(x), self.config.patch_size)
+        x = self.conv_out(x)
         return UNet2DOutput(sample=x) if return_dict else (x,)
 
     def _embed(self, timestep: Tensor | float | int, class_labels: Tensor | None, sample: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from accelerate.state import AcceleratorState
 from lives import Lives
 from runs import make_recipe
 
+from ddpm_pipe.data import open_dataset
+
 
 @pytest.fixture(scope="session")
 def repo() -> Path:
@@ -23,6 +25,14 @@ def fresh_accelerate():
 def recipe(tmp_path, fresh_accelerate):
     """A run of a few steps on the bundled test images at 8x8, in a folder of this test."""
     return lambda folder="run", *args, **options: make_recipe(tmp_path / folder, *args, **options)
+
+
+@pytest.fixture(scope="session")
+def few_images(tmp_path_factory, repo) -> str:
+    """A folder of 60 of the bundled images, quickly read."""
+    folder = tmp_path_factory.mktemp("data") / "few"
+    open_dataset(str(repo / "examples" / "fashion_mnist"), "test").select(range(60)).save_to_disk(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ Run as a program this file is that parent; imported, it is the tests' handle on 
 examples/train.py ...` does, up to the end of the interpreter; only the seconds that importing torch takes are shared.
 """
 
+import importlib
 import json
 import os
 import random
@@ -106,10 +107,8 @@ class Lives:
 def serve() -> None:
     """Start and await children as told, one request and one answer a line. A child returns from here too."""
     os.chdir(REPO)
-    import matplotlib.figure  # noqa: F401
-    import safetensors.torch  # noqa: F401
-
-    import ddpm_pipe.train  # noqa: F401
+    for name in ("ddpm_pipe.train", "matplotlib.backends.backend_agg", "scipy.io", "diffusers.schedulers"):
+        importlib.import_module(name)
 
     threads = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
     others = [name for name in threads[1:] if name != "jemalloc_bg_thd"]  # pyarrow's, which knows about forks
@@ -167,8 +166,8 @@ def live(
 def watch_writes(die_in: int | str, record: str | None) -> None:
     """Count what the run does to its folder, named `call path`, and die in the middle of the first that is `die_in`.
 
-    A number counts the writes of checkpoints, averages and pipeline only, from 1. In the middle means: of a file, half
-    is written; of a folder to delete, one file is gone; a rename or sync is not yet done.
+    A number counts the writes of checkpoints, averages and pipeline only, from 1. In the middle means: half a file
+    is written; a text file is opened and empty; one file of a folder to delete is gone; a rename or sync is not done.
     """
     import safetensors.torch
     import torch
@@ -199,7 +198,7 @@ def watch_writes(die_in: int | str, record: str | None) -> None:
 
     watch(safetensors.torch, "save_file", lambda tensors, path, *_: path, half_write)
     watch(torch, "save", lambda value, path, *_: path, half_write)
-    watch(Path, "write_text", lambda path, *_: path, half_write)
+    watch(Path, "write_text", lambda path, *_: path, lambda write, path: path.open("w"))
     watch(os, "fsync", lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}"))
     watch(Path, "rename", lambda path, *_: path)
     watch(Path, "replace", lambda path, *_: path)

@@ -1,6 +1,6 @@
 """A run killed at any moment and resumed is the run that was never killed, bit for bit."""
 
-import os
+import dataclasses
 import random
 import shutil
 import signal
@@ -39,11 +39,11 @@ def write_config(config: TrainConfig) -> str:
     return str(folder / "config.yaml")
 
 
-def make_run(lives, folder: Path, **options) -> TrainConfig:
+def make_run(lives, folder: Path, processes: int = 1, **options) -> TrainConfig:
     """An uninterrupted run, in a process of its own, in the folder `run` of `folder`."""
     config = make_recipe(folder / "run", **CHANCY | options)
-    life = lives.start(write_config(config), record=folder / "writes")
-    assert life.wait() == 0, life.errors
+    ranks = lives.start_ranks(processes, write_config(config), record=folder / "writes")
+    assert [life.wait() for life in ranks] == [0] * processes, ranks[0].errors
     return config
 
 
@@ -93,11 +93,11 @@ def kill_in_write(lives, config: TrainConfig, argv: list[str], number: int) -> s
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_twenty_kills_change_nothing(lives, tmp_path, precision):
-    options = {"steps": 40, "sample_every": 20, "mixed_precision": precision}
+def test_twenty_kills_change_nothing(lives, few_images, tmp_path, precision):
+    options = {"data": few_images, "steps": 40, "sample_every": 40, "mixed_precision": precision}
     whole = make_run(lives, tmp_path / "whole", **options)
     writes = (tmp_path / "whole" / "writes").read_text().splitlines()
-    per_save = sum("step-00000004" in line or "pipeline" in line for line in writes) // 20
+    per_save = sum(any(part in line for part in ("checkpoints", "ema", "pipeline")) for line in writes) // 20
 
     config = make_recipe(tmp_path / "killed" / "run", **CHANCY | options)
     argv, chance = [write_config(config), "--resume"], random.Random(precision)
@@ -110,4 +110,86 @@ def test_twenty_kills_change_nothing(lives, tmp_path, precision):
     life = lives.start(*argv)
     assert life.wait() == 0, life.errors
     print(f"{precision}: {len(died)} kills, {len(died) + 1} lives:", *died, sep="\n  ")
+    assert_same_run(whole, config)
+
+
+def test_killing_two_processes_changes_nothing(lives, few_images, tmp_path):
+    options = {"data": few_images, "steps": 8, "sample_every": 0}
+    whole = make_run(lives, tmp_path / "whole", processes=2, **options)
+    config = make_recipe(tmp_path / "killed" / "run", **CHANCY | options)
+    argv = [write_config(config), "--resume"]
+    ranks = lives.start_ranks(2, *argv, die_in="manifest.json")  # rank 0 kills itself
+    assert ranks[0].wait() == -signal.SIGKILL, ranks[0].errors
+    ranks[1].signal(signal.SIGKILL)
+    ranks[1].wait()
+    ranks = lives.start_ranks(2, *argv)  # both are killed
+    while newest(config) < 2:
+        time.sleep(0.001)
+    for life in ranks:
+        life.signal(signal.SIGKILL)
+    assert [life.wait() for life in ranks] == [-signal.SIGKILL] * 2
+    ranks = lives.start_ranks(2, *argv)
+    assert [life.wait() for life in ranks] == [0, 0], ranks[0].errors
+    assert_same_run(whole, config)
+
+
+# ---------------------------------------------------------------- the worst moments
+
+STEPS = 4
+MOMENTS = {
+    "the config": "config.yaml",
+    "the metrics": "metrics.jsonl",
+    "a snapshot": "rename ema/.step-00000004.new",
+    "the last checkpoint": "rename checkpoints/.step-00000004.new",
+    "the last pipeline": "save_file .pipeline.new",
+    "the exchange of the pipelines": "rename .pipeline.new",
+}
+"""What is being written -> the write that the second life of a run does not survive."""
+
+
+@pytest.fixture(scope="module")
+def whole(lives, few_images, tmp_path_factory) -> TrainConfig:
+    return make_run(lives, tmp_path_factory.mktemp("whole"), data=few_images, steps=STEPS, sample_every=STEPS)
+
+
+@pytest.fixture(scope="module")
+def begun(lives, few_images, tmp_path_factory) -> TrainConfig:
+    """A run killed when it had saved step 2 of 4."""
+    folder = tmp_path_factory.mktemp("begun")
+    config = make_recipe(folder / "run", **CHANCY | {"data": few_images, "steps": STEPS, "sample_every": STEPS})
+    life = lives.start(write_config(config), die_in="ema/.step-00000004.new")
+    assert life.wait() == -signal.SIGKILL, life.errors
+    return config
+
+
+def copy_of(config: TrainConfig, folder: Path) -> TrainConfig:
+    shutil.copytree(config.output_dir, folder / "run")
+    return dataclasses.replace(config, output_dir=str(folder / "run"))
+
+
+@pytest.fixture
+def killed(request, lives, begun, tmp_path) -> TrainConfig:
+    """The begun run, resumed and killed in a moment."""
+    config = copy_of(begun, tmp_path)
+    life = lives.start(write_config(config), "--resume", die_in=MOMENTS[request.param])
+    assert life.wait() == -signal.SIGKILL, life.errors
+    return config
+
+
+@pytest.mark.parametrize("killed", MOMENTS, indirect=True)
+def test_a_kill_at_the_worst_moment_changes_nothing(lives, killed, whole):
+    life = lives.start(write_config(killed), "--resume")
+    assert life.wait() == 0, life.errors
+    assert_same_run(whole, killed)
+
+
+@pytest.mark.parametrize("killed", ["the last pipeline", "the exchange of the pipelines"], indirect=True)
+def test_after_a_kill_there_is_a_pipeline_to_load(killed):
+    assert load_file(Path(killed.output_dir) / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_resuming_a_finished_run_changes_nothing(lives, whole, tmp_path):
+    config = copy_of(whole, tmp_path)
+    life = lives.start(write_config(config), "--resume")
+    assert life.wait() == 0, life.errors
     assert_same_run(whole, config)

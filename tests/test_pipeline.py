@@ -290,8 +290,19 @@ def test_guidance_moves_away_from_the_unconditional_prediction(class_pipe, scale
         return unconditional + scale * (conditional - unconditional)
 
     expected = sample_by_hand(class_pipe, guided)
-    assert_close(sample(class_pipe, class_labels=LABELS, guidance_scale=scale), expected, **ROUNDING)
+    images = sample(class_pipe, class_labels=LABELS, guidance_scale=scale, use_clipped_model_output=False)
+    assert_close(images, expected, **ROUNDING)
     assert (sample(class_pipe, class_labels=LABELS) - expected).abs().max() > 1e-3
+
+
+def test_guidance_derives_the_noise_of_ddim_from_the_clipped_image_unless_told_otherwise(class_pipe):
+    def guided(**options):
+        return sample(class_pipe, class_labels=LABELS, guidance_scale=3.0, **options)
+
+    assert_close(guided(), guided(use_clipped_model_output=True), rtol=0, atol=0)
+    assert (guided() - guided(use_clipped_model_output=False)).abs().max() > 1e-3
+    unguided = [sample(class_pipe, class_labels=LABELS, use_clipped_model_output=value) for value in (None, False)]
+    assert_close(*unguided, rtol=0, atol=0)
 
 
 def test_guidance_of_one_is_the_conditional_network(class_pipe):
