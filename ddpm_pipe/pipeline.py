@@ -54,8 +54,8 @@ class DDPMPipeline(DiffusionPipeline):
             generator: source of all noise; a list has one per image, and then an image depends on its own alone.
             num_inference_steps: 1 to T; None takes all T timesteps of the training chain.
             eta: noise of DDIM, 0 to 1; only for schedulers whose `step` takes it.
-            use_clipped_model_output: derive the noise anew from the clipped x0; DDIM only. None does so with a guidance of
-                more than 1, which pushes x0 far out of range: what is clipped of it would come back as clutter.
+            use_clipped_model_output: derive the noise anew from the clipped x0; DDIM only. None does so with a guidance
+                of more than 1, which pushes x0 far out of range: what is clipped of it would come back as clutter.
             class_labels: one class for all images or one per image; None draws without a class.
             guidance_scale: classifier-free guidance (Ho & Salimans 2022): 1 is the plain conditional model, more than 1
                 pushes away from the unconditional one.

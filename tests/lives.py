@@ -35,6 +35,10 @@ class Life:
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)  # it stays a zombie until `wait`, so the pid is never another's
 
+    def assert_alive(self) -> None:
+        state = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        assert state != "Z", self.errors
+
     def wait(self, timeout: float = 120) -> int:
         """The exit code, negative for a signal; what hangs is killed and raises."""
         return self.lives.ask(wait=self.pid, timeout=timeout)

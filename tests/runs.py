@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from ddpm_pipe.config import save_config
 from ddpm_pipe.log import read_metrics
 from ddpm_pipe.recipe import JsonDict, TrainConfig
 
@@ -39,6 +40,14 @@ def make_recipe(folder: Path, unet=NETWORK, **options) -> TrainConfig:
         "tracker": "none",
     }
     return TrainConfig(output_dir=str(folder), unet=JsonDict(unet), **(defaults | options))
+
+
+def write_config(config: TrainConfig) -> str:
+    """The config in a file beside the run folder, for a command line."""
+    file = Path(config.output_dir).parent / f"{Path(config.output_dir).name}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_config(config, file)
+    return str(file)
 
 
 def final_state(config: TrainConfig) -> dict[str, torch.Tensor]:

@@ -276,6 +276,16 @@ def test_an_average_that_was_not_tracked_is_near_the_one_that_would_have_been(pa
     assert error < 0.25 * distance(last(pair.tracked, "ema-0.1"), direct)
 
 
+def test_a_run_averages_its_weights_with_those_of_the_profile(tmp_path):
+    """Update k of 3 has the weight (k/3)^(gamma + 1) - ((k - 1)/3)^(gamma + 1)."""
+    run = make_run(tmp_path / "run", steps=3, save_every=1, keep_last=3, ema_sigma_rel=[0.2])
+    raw = [load_file(folder / "unet.safetensors") for folder in sorted((run / "checkpoints").iterdir())]
+    weights = np.diff((np.arange(4) / 3) ** (power_exponent(0.2) + 1))
+    for name, average in last(run, "ema-0.2").items():
+        expected = sum(weight * step[name] for weight, step in zip(weights, raw, strict=True))
+        torch.testing.assert_close(average, expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(("every", "expected"), [(2, [2, 4, 6]), (4, [4, 6]), (None, [3, 6])])
 def test_snapshots_are_taken_when_the_config_says(tmp_path, every, expected):
     """And at the end; also between checkpoints."""

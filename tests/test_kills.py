@@ -8,11 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import NETWORK, assert_same, final_state, loss_curve, make_recipe
+from runs import NETWORK, assert_same, final_state, loss_curve, make_recipe, write_config
 from safetensors.torch import load_file
 
 from ddpm_pipe.checkpoint import Checkpoints
-from ddpm_pipe.config import save_config
 from ddpm_pipe.log import read_metrics
 from ddpm_pipe.recipe import TrainConfig
 
@@ -29,14 +28,6 @@ CHANCY = {
     "num_samples": 2,
 }
 """All that chance decides, and much to save."""
-
-
-def write_config(config: TrainConfig) -> str:
-    """The config in a file beside the run folder."""
-    folder = Path(config.output_dir).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, folder / "config.yaml")
-    return str(folder / "config.yaml")
 
 
 def make_run(lives, folder: Path, processes: int = 1, **options) -> TrainConfig:
