@@ -88,7 +88,7 @@ def posthoc_coefficients(
         sigma_rel: its width.
 
     Returns:
-        One coefficient per snapshot, and the error of the mixed profile relative to the wanted one (L2).
+        One coefficient per snapshot, of sum 1, and the error of the mixed profile relative to the wanted one (L2).
 
     Raises:
         ValueError: for a width that no profile has.
@@ -97,7 +97,10 @@ def posthoc_coefficients(
     gammas = np.array([power_exponent(width) for _, width in snapshots])
     wanted = np.array([float(step)]), np.array([power_exponent(sigma_rel)])
     among, with_wanted = profile_products(steps, gammas, steps, gammas), profile_products(steps, gammas, *wanted)[:, 0]
-    coefficients = np.linalg.lstsq(among, with_wanted, rcond=1e-12)[0]
+    # least squares under the condition that the coefficients sum to 1 (a Lagrange multiplier): constants stay constant
+    ones = np.ones((len(steps), 1))
+    system = np.block([[among, ones], [ones.T, np.zeros((1, 1))]])
+    coefficients = np.linalg.lstsq(system, np.append(with_wanted, 1.0), rcond=1e-12)[0][:-1]
     norm = profile_products(*wanted, *wanted)[0, 0]
     residual = norm - 2 * coefficients @ with_wanted + coefficients @ among @ coefficients
     return coefficients, float(np.sqrt(max(residual, 0) / norm))

@@ -25,14 +25,15 @@ def discretized_gaussian_log_likelihood(x0: Tensor, mean: Tensor, log_variance: 
         x0: pixels in [-1, 1], multiples of 2/255; the outermost bins reach to infinity.
         mean, log_variance: of the decoder, broadcast over x0.
     """
-    precision = (-0.5 * log_variance).exp()
-    upper, lower = (x0 - mean + 1 / 255) * precision, (x0 - mean - 1 / 255) * precision
+    # in float64: the differences and the gradients of log cdfs lose all digits of float32 far from the mean
+    precision = (-0.5 * log_variance.double()).exp()
+    upper, lower = (x0.double() - mean + 1 / 255) * precision, (x0.double() - mean - 1 / 255) * precision
     # log(cdf(upper) - cdf(lower)), on the side of the mean where the difference of log cdfs keeps its digits
     near, far = torch.where(upper + lower > 0, -lower, upper), torch.where(upper + lower > 0, -upper, lower)
     log_near, log_far = torch.special.log_ndtr(near), torch.special.log_ndtr(far)
-    inner = log_near + torch.log1p(-torch.exp((log_far - log_near).clamp(max=-1e-12)))
+    inner = log_near + torch.log(-torch.expm1((log_far - log_near).clamp(max=-1e-12)))
     inner = torch.where(x0 < -0.999, torch.special.log_ndtr(upper), inner)
-    return torch.where(x0 > 0.999, torch.special.log_ndtr(-lower), inner)
+    return torch.where(x0 > 0.999, torch.special.log_ndtr(-lower), inner).to(x0.dtype)
 
 
 def bits(nats: Tensor) -> Tensor:

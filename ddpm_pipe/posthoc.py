@@ -76,6 +76,8 @@ def write_posthoc_pipelines(config: PosthocConfig) -> list[Path]:
     run, written = Path(config.run), []
     for width in config.widths():
         weights, error = reconstruct(run, width, config.step)
+        if not (run / "pipeline").is_dir():
+            raise ValueError(f"run={config.run!r} has no pipeline whose network the averages could fill.")
         pipeline = DDPMPipeline.from_pretrained(run / "pipeline")
         pipeline.unet.load_state_dict(weights)
         if not all(torch.isfinite(tensor).all() for tensor in weights.values()):

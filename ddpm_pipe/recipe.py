@@ -21,6 +21,7 @@ from ddpm_pipe.timesteps import TIMESTEP_SAMPLERS
 from ddpm_pipe.unet import DDPMUNet2DModel
 
 NETWORKS: dict[str, type[ModelMixin]] = {"DDPMUNet2DModel": DDPMUNet2DModel, "UNet2DModel": UNet2DModel}
+TRAINED_VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 TRACKERS = ("auto", "none", "tensorboard", "wandb")
@@ -127,6 +128,7 @@ class TrainConfig:
         check_choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
         check_choice("mixed_precision", self.mixed_precision, PRECISIONS)
         check_choice("tracker", self.tracker, TRACKERS)
+        check_choice("variance_type", self.variance_type, TRAINED_VARIANCES)
         check_choice("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLERS)
         for width in self.ema_sigma_rel:
             power_exponent(width)

@@ -83,7 +83,7 @@ class TrainState:
     # ------------------------------------------------------------ checkpoints
 
     def save(self, run: Path, step: int) -> None:
-        """Write a checkpoint of `step` optimizer steps and, where it is time, snapshots of the profiles.
+        """Write a checkpoint of `step` optimizer steps.
 
         Raises:
             CheckpointError: where it cannot be written, or the weights are not finite; earlier ones are intact.
@@ -94,7 +94,6 @@ class TrainState:
                 f"the weights at step {step} are not finite and were not saved; earlier ones are intact."
             )
         weights = {"unet": unet.state_dict(), "ema": self.average.module.state_dict()}
-        profiles = {name: profile.module.state_dict() for name, profile in self.profiles.items()}
         state = {
             "optimizer": self.optimizer.state_dict(),
             "timesteps": self.timesteps.state_dict(),
@@ -102,10 +101,17 @@ class TrainState:
         }
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
-        if profiles and self.config.is_due(step, self.config.ema_snapshot_every or self.config.save_every):
-            replace_folder(run / "ema" / f"step-{step:08d}", lambda folder: save_tensors(folder, profiles))
-        weights |= {f"ema-{name}": tensors for name, tensors in profiles.items()}
+        weights |= {f"ema-{name}": profile.module.state_dict() for name, profile in self.profiles.items()}
         Checkpoints(run, self.config.keep_last, self.config.keep_every).save(step, weights, state)
+
+    def snapshot(self, run: Path, step: int) -> None:
+        """Write the power-function averages to `<run>/ema/step-*/<sigma_rel>.safetensors`, for `posthoc`.
+
+        Raises:
+            CheckpointError: where they cannot be written.
+        """
+        profiles = {name: profile.module.state_dict() for name, profile in self.profiles.items()}
+        replace_folder(run / "ema" / f"step-{step:08d}", lambda folder: save_tensors(folder, profiles))
 
     def restore(self, run: Path) -> int:
         """Load the newest checkpoint and return its number of optimizer steps; 0 where there is none.

@@ -81,6 +81,8 @@ def train(config: TrainConfig) -> Path:
             if accelerator.is_main_process:
                 if config.is_due(step, config.sample_every):
                     show_health(config, state, objective, held_out, log, step)
+                if config.ema_sigma_rel and config.is_due(step, config.ema_snapshot_every or config.save_every):
+                    state.snapshot(run, step)
                 if interrupted or config.is_due(step, config.save_every):
                     state.save(run, step)
                     replace_folder(run / "pipeline", DDPMPipeline(state.average.module, scheduler).save_pretrained)
@@ -140,8 +142,9 @@ def open_run(config: TrainConfig, accelerator: Accelerator) -> Path:
         try:
             if config.overwrite:
                 (run / METRICS).unlink(missing_ok=True)
-                for part in ("checkpoints", "ema", "samples", "pipeline", "logs"):
-                    shutil.rmtree(run / part, ignore_errors=True)
+                parts = [run / name for name in ("checkpoints", "ema", "samples", "pipeline", "logs")]
+                for part in (*parts, *run.glob("ema-*")):
+                    shutil.rmtree(part, ignore_errors=True)
             (run / "samples").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"output_dir={config.output_dir!r} cannot be written: {error.strerror}.") from error

@@ -1,0 +1,73 @@
+"""What averages and checkpoints cost beside a training step: `python benchmarks/overheads.py [preset.yaml ...]`.
+
+Prints, for the network of each preset: seconds of a step (median), of the update of one average and of a checkpoint as
+shares of it, and the memory and disk they take.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from ddpm_pipe.config import parse_config
+from ddpm_pipe.data import ImageData
+from ddpm_pipe.objective import Objective
+from ddpm_pipe.recipe import TrainConfig, make_scheduler, make_unet
+from ddpm_pipe.state import TrainState
+
+PRESETS = Path(__file__).resolve().parent.parent / "examples" / "presets"
+SHAPES = {"fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32), "flowers": (3, 128, 128)}
+
+
+def median_seconds(function, repeats: int) -> float:
+    function()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def measure(preset: Path, batch_size: int = 16, repeats: int = 5) -> None:
+    config = parse_config(TrainConfig, [str(preset)], data="none", batch_size=batch_size)
+    config.batch_size, config.gradient_accumulation_steps = batch_size, 1
+    shape = SHAPES[preset.stem]
+    images = torch.randint(0, 256, (batch_size, *shape), dtype=torch.uint8)
+    data = ImageData(images, torch.arange(batch_size), class_names=tuple("0123456789"))
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="bf16")
+    state = TrainState(config, make_unet(config, data), accelerator)
+    objective = Objective(make_scheduler(config))
+    x0 = (images.float() / 127.5 - 1).to(accelerator.device)
+    t, eps = torch.arange(batch_size, device=x0.device), torch.randn_like(x0)
+    labels = {"class_labels": t % 10} if config.class_conditional else {}
+    averages = (state.average, *state.profiles.values())
+
+    def train_step() -> None:
+        losses = objective(state.unet, x0, t, eps, False, **labels)
+        accelerator.backward(losses.mean())
+        state.optimizer_step(1, [(t, losses)])
+
+    def update_averages() -> None:
+        for average in averages:
+            average.update(accelerator.unwrap_model(state.unet), 1)
+
+    with tempfile.TemporaryDirectory() as folder:
+        step, update = median_seconds(train_step, repeats), median_seconds(update_averages, repeats)
+        save = median_seconds(lambda: state.save(Path(folder), 1), 3)
+        size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 2**20
+    weights = sum(p.numel() * 4 for p in state.average.module.parameters()) / 2**20
+    print(
+        f"{preset.stem}: step of {batch_size} images {step:.3f} s, of which {len(averages)} averages "
+        f"{update / step:.1%} ({weights:.0f} MiB each); checkpoint {save:.2f} s = {save / step:.1f} steps, "
+        f"{save / step / config.save_every:.2%} of a run that saves every {config.save_every}; {size:.0f} MiB on disk"
+    )
+
+
+if __name__ == "__main__":
+    for preset in map(Path, sys.argv[1:] or (str(PRESETS / "fashion_mnist.yaml"), str(PRESETS / "cifar10.yaml"))):
+        measure(preset)

@@ -1,0 +1,195 @@
+"""A run that is asked to stop saves, says so, and can go on as if it had never stopped."""
+
+import operator
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lives import Life
+from runs import NETWORK, assert_same, final_state, loss_curve, make_recipe, write_config
+
+from ddpm_pipe.checkpoint import Checkpoints
+from ddpm_pipe.interruption import Interrupted, Interruption
+from ddpm_pipe.log import Log, read_metrics
+from ddpm_pipe.recipe import TrainConfig
+from ddpm_pipe.train import train
+
+BOTH, name_of = [signal.SIGTERM, signal.SIGINT], operator.attrgetter("name")
+
+
+def wait_for_step(config: TrainConfig, step: int, life: Life) -> None:
+    while not any(entry["step"] >= step for entry in read_metrics(Path(config.output_dir))):
+        life.assert_alive()
+        time.sleep(0.001)
+
+
+# ---------------------------------------------------------------- real processes
+
+CHANCY = {
+    "unet": NETWORK | {"dropout": 0.1, "self_condition": True},
+    "class_conditional": True,
+    "steps": 40,
+    "lr_schedule": "cosine",
+    "save_every": 1000,
+    "log_every": 1,
+    "sample_every": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def whole(lives, few_images, tmp_path_factory) -> TrainConfig:
+    config = make_recipe(tmp_path_factory.mktemp("whole") / "run", data=few_images, **CHANCY)
+    life = lives.start(write_config(config))
+    assert life.wait() == 0, life.errors
+    return config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", BOTH, ids=name_of)
+def test_a_signal_stops_a_run_that_then_goes_on_to_the_same_end(lives, few_images, whole, tmp_path, number):
+    config = make_recipe(tmp_path / "run", data=few_images, **CHANCY)
+    life = lives.start(write_config(config))
+    wait_for_step(config, 3, life)
+    life.signal(number)
+    assert life.wait() == 75, "EX_TEMPFAIL of sysexits.h"
+    assert "Traceback" not in life.errors
+
+    (step,) = Checkpoints(tmp_path / "run").steps()
+    assert 3 <= step < config.steps
+    assert life.output.splitlines()[-1] == f"stopped at step {step}; go on with --resume."
+    assert life.output.count("stopped") == 1
+    assert Checkpoints(tmp_path / "run").load()[0] == step
+    assert loss_curve(config) == loss_curve(whole)[:step], "nothing was trained that was not saved"
+
+    life = lives.start(write_config(config), "--resume")
+    assert life.wait() == 0, life.errors
+    assert_same(final_state(whole), final_state(config))
+    assert loss_curve(config) == loss_curve(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", BOTH, ids=name_of)
+@pytest.mark.parametrize("second", BOTH, ids=name_of)
+def test_a_second_signal_ends_a_long_step_at_once(lives, few_images, tmp_path, first, second):
+    options = {"batch_size": 10_000, "gradient_accumulation_steps": 10_000}  # a step of minutes
+    config = make_recipe(tmp_path / "run", data=few_images, **options)
+    life = lives.start(write_config(config))
+    while not (tmp_path / "run" / "metrics.jsonl").exists():  # the last thing before the first step
+        life.assert_alive()
+        time.sleep(0.001)
+    time.sleep(0.5)
+    life.signal(first)
+    time.sleep(0.1)
+    life.signal(second)
+    assert life.wait(timeout=20) == -second
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [0, 1])
+def test_two_processes_stop_together_when_one_is_asked(lives, few_images, tmp_path, asked):
+    config = make_recipe(tmp_path / "run", data=few_images, **CHANCY | {"steps": 400, "log_every": 3})
+    ranks = lives.start_ranks(2, write_config(config))
+    wait_for_step(config, 3, ranks[0])
+    ranks[asked].signal(signal.SIGTERM)
+    assert [life.wait() for life in ranks] == [75, 75], ranks[0].errors
+    (step,) = Checkpoints(tmp_path / "run").steps()
+    assert step % 3 == 0, "they ask each other when they log"
+    assert [life.output.count(f"stopped at step {step}") for life in ranks] == [1, 0]
+
+
+@pytest.mark.slow
+def test_what_the_tracker_was_given_before_the_stop_is_on_disk(lives, few_images, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = make_recipe(tmp_path / "run", data=few_images, **CHANCY | {"tracker": "tensorboard"})
+    life = lives.start(write_config(config))
+    wait_for_step(config, 3, life)
+    life.signal(signal.SIGTERM)
+    assert life.wait() == 75
+    events = EventAccumulator(str(tmp_path / "run" / "logs")).Reload()
+    (step,) = Checkpoints(tmp_path / "run").steps()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, step + 1))
+
+
+# ---------------------------------------------------------------- in this process
+
+
+def handlers() -> list:
+    return [signal.getsignal(number) for number in BOTH]
+
+
+@pytest.mark.parametrize("number", BOTH, ids=name_of)
+def test_the_first_signal_is_only_noted(number):
+    with Interruption() as interruption:
+        assert not interruption.requested
+        signal.raise_signal(number)
+        assert interruption.requested
+
+
+def test_the_second_signal_gets_its_usual_answer():
+    with Interruption(), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_the_handlers_of_others_come_back():
+    before = handlers()
+    with pytest.raises(RuntimeError), Interruption():
+        assert handlers() != before
+        raise RuntimeError
+    assert handlers() == before
+
+
+def test_outside_the_main_thread_signals_are_left_alone():
+    before, seen = handlers(), []
+
+    def use():
+        with Interruption() as interruption:
+            seen.append((handlers(), interruption.requested))
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join()
+    assert seen == [(before, False)]
+    assert handlers() == before
+
+
+def test_a_run_outside_the_main_thread_comes_to_its_end(recipe):
+    config, done = recipe(steps=2, sample_every=0), []
+    thread = threading.Thread(target=lambda: done.append(train(config)))
+    thread.start()
+    thread.join()
+    assert done == [Path(config.output_dir) / "pipeline"]
+
+
+@pytest.mark.parametrize(("at", "stops"), [(3, True), (6, False)])
+def test_a_run_asked_to_stop_in_its_last_step_is_a_finished_run(recipe, monkeypatch, at, stops):
+    def ask(log, step, seen, **values):
+        if step == at:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Log, "write", ask)
+    monkeypatch.setattr("ddpm_pipe.train.write_report", lambda run: None)
+    config = recipe(steps=6, sample_every=0)
+    if stops:
+        with pytest.raises(Interrupted):
+            train(config)
+    else:
+        train(config)
+    assert Checkpoints(Path(config.output_dir)).steps() == [at]
+
+
+def test_the_pipeline_of_a_stopped_run_is_that_of_its_last_step(recipe, monkeypatch):
+    from ddpm_pipe import DDPMPipeline
+
+    monkeypatch.setattr(Log, "write", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    config = recipe(sample_every=0)
+    with pytest.raises(Interrupted):
+        train(config)
+    weights = DDPMPipeline.from_pretrained(Path(config.output_dir) / "pipeline").unet.state_dict()
+    _, saved, _ = Checkpoints(Path(config.output_dir)).load()
+    assert all(torch.equal(weights[name], saved["ema"][name]) for name in saved["ema"])
