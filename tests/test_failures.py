@@ -1,0 +1,269 @@
+"""What goes wrong in a run ends in one sentence or is got over, and nothing that was saved is lost."""
+
+import dataclasses
+import errno
+import json
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lives import Life
+from runs import NETWORK, STOCK, assert_same, final_state, make_recipe, write_config
+from safetensors.torch import load_file
+
+from ddpm_pipe.checkpoint import CheckpointError, Checkpoints
+from ddpm_pipe.log import read_metrics
+from ddpm_pipe.recipe import TrainConfig
+from ddpm_pipe.state import TrainState
+from ddpm_pipe.train import train
+
+CHANCY = {
+    "unet": NETWORK | {"dropout": 0.1, "self_condition": True},
+    "class_conditional": True,
+    "steps": 20,
+    "save_every": 2,
+    "log_every": 1,
+    "sample_every": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def whole(lives, few_images, tmp_path_factory) -> TrainConfig:
+    """A run that nothing happened to."""
+    config = make_recipe(tmp_path_factory.mktemp("whole") / "run", data=few_images, **CHANCY)
+    life = lives.start(write_config(config))
+    assert life.wait() == 0, life.errors
+    return config
+
+
+@pytest.fixture(scope="module")
+def begun(lives, few_images, tmp_path_factory) -> TrainConfig:
+    """The same run, which has saved step 4."""
+    config = make_recipe(tmp_path_factory.mktemp("begun") / "run", data=few_images, **CHANCY)
+    life = lives.start(write_config(config), die_in="ema/.step-00000006.new")
+    assert life.wait() == -signal.SIGKILL, life.errors
+    assert Checkpoints(Path(config.output_dir)).steps() == [2, 4]
+    return config
+
+
+def copy_of(config: TrainConfig, folder: Path, **changes) -> TrainConfig:
+    shutil.copytree(config.output_dir, folder / "run")
+    return dataclasses.replace(config, output_dir=str(folder / "run"), **changes)
+
+
+def sentence(life: Life) -> str:
+    """The one line that a process had to say at its end."""
+    assert life.wait() == 2, life.errors
+    assert "Traceback" not in life.errors
+    lines = [line for line in re.split(r"[\r\n]+", life.errors) if line.strip()]
+    (start,) = [i for i, line in enumerate(lines) if "train.py: " in line]
+    assert not [line for line in lines[start + 1 :] if "step/s" not in line], "more than one line"
+    return lines[start].split("train.py: ")[1]
+
+
+def assert_goes_on_to_the_same_end(lives, config: TrainConfig, whole: TrainConfig) -> None:
+    life = lives.start(write_config(config), "--resume")
+    assert life.wait() == 0, life.errors
+    assert_same(final_state(whole), final_state(config))
+
+
+# ---------------------------------------------------------------- the disk
+
+
+def mount(*argv: str) -> None:
+    done = subprocess.run(["mount", *argv], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"mounting is not permitted here: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of its own of 8 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount("-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder))
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk: Path) -> None:
+    with (disk / "others").open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["save_every", "log_every", "sample_every"])
+def test_a_full_disk_is_one_sentence_and_the_run_can_go_on(lives, begun, whole, small_disk, what):
+    config = copy_of(begun, small_disk)
+    rare = {"save_every": 20, "log_every": 20, "sample_every": 0}
+    life = lives.start(write_config(dataclasses.replace(config, **rare | {what: 1})), "--resume", die_in="metrics.jsonl")
+    assert life.wait() == -signal.SIGKILL, "there is room for its config and metrics"
+    fill(small_disk)
+    life = lives.start(str(small_disk / "run.yaml"), "--resume")
+    assert re.search(r"could not be written|cannot be written", sentence(life))
+    assert "No space left" in sentence(life)
+    assert Checkpoints(Path(config.output_dir)).load()[0] == 4
+    (small_disk / "others").unlink()
+    assert_goes_on_to_the_same_end(lives, config, whole)
+
+
+@pytest.mark.slow
+def test_a_file_that_cannot_grow_is_one_sentence_and_the_run_can_go_on(lives, begun, whole, tmp_path):
+    config = copy_of(begun, tmp_path)
+    told = sentence(lives.start(write_config(config), "--resume", limit=250_000))  # state.pt alone is larger
+    assert re.fullmatch(r".*/step-00000006 could not be written \(.*\); what was saved before is intact\.", told)
+    assert Checkpoints(Path(config.output_dir)).load()[0] == 4
+    assert not list(Path(config.output_dir).glob("**/.*")), "nothing half-written is left"
+    assert_goes_on_to_the_same_end(lives, config, whole)
+
+
+@pytest.fixture
+def lockable(tmp_path):
+    """A folder, and how to make it read-only, for root too."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount("--bind", str(folder), str(folder))
+
+    def lock(how: str) -> None:
+        while subprocess.run(["mount", "-o", f"remount,bind,{how}", str(folder)], capture_output=True).returncode:
+            time.sleep(0.01)  # a file is just being written
+
+    yield folder, lock
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_run_folder_that_became_read_only_is_one_sentence(lives, begun, whole, lockable, tmp_path):
+    folder, lock = lockable
+    config = copy_of(begun, folder)
+    argv = [write_config(config), "--resume"]
+    lock("ro")
+    told = sentence(lives.start(*argv))
+    assert "cannot be written" in told or "could not be written" in told
+    assert "Read-only file system" in told
+    lock("rw")
+    assert_goes_on_to_the_same_end(lives, config, whole)
+
+
+@pytest.mark.slow
+def test_a_folder_that_becomes_read_only_under_a_run_is_one_sentence(lives, begun, whole, lockable):
+    folder, lock = lockable
+    config = copy_of(begun, folder, steps=2000)
+    life = lives.start(write_config(config), "--resume")
+    while max(Checkpoints(Path(config.output_dir)).steps()) < 6:
+        life.assert_alive()
+        time.sleep(0.001)
+    lock("ro")
+    assert "Read-only file system" in sentence(life)
+    assert Checkpoints(Path(config.output_dir)).load()[0] >= 6
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_one_sentence(recipe):
+    config = recipe(sample_every=0)
+    Path(config.output_dir).mkdir()
+    (Path(config.output_dir) / "checkpoints").write_text("not a folder")
+    with pytest.raises(CheckpointError, match=r"checkpoints/step-00000006 could not be written"):
+        train(config)
+
+
+# ---------------------------------------------------------------- checkpoints that do not serve
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["a flipped bit", "cut short", "no manifest"])
+def test_a_broken_newest_checkpoint_is_reported_and_costs_only_time(lives, begun, whole, tmp_path, damage):
+    config = copy_of(begun, tmp_path)
+    newest = Checkpoints(tmp_path / "run").path(4)
+    content = bytearray((newest / "unet.safetensors").read_bytes())
+    if damage == "a flipped bit":
+        content[-1] ^= 1
+        (newest / "unet.safetensors").write_bytes(content)
+    elif damage == "cut short":
+        (newest / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:-100])
+    else:
+        (newest / "manifest.json").unlink()
+    life = lives.start(write_config(config), "--resume")
+    assert life.wait() == 0
+    assert re.search(r"checkpoint .*step-00000004 is unreadable .*; taking the one before it", life.errors)
+    assert_same(final_state(whole), final_state(config))
+
+
+@pytest.mark.slow
+def test_when_no_checkpoint_can_be_read_it_is_one_sentence(lives, begun, tmp_path):
+    config = copy_of(begun, tmp_path)
+    for step in (2, 4):
+        (Checkpoints(tmp_path / "run").path(step) / "ema.safetensors").write_bytes(b"")
+    life = lives.start(write_config(config), "--resume")
+    assert life.wait() == 2
+    assert "none of the 2 checkpoints" in life.errors and "Traceback" not in life.errors
+
+
+def test_a_new_checkpoint_outlives_a_broken_one_of_a_later_step(tmp_path):
+    def save(step: int, keep_last: int) -> None:
+        Checkpoints(tmp_path, keep_last).save(step, {"unet": {"w": torch.full((2,), float(step))}}, {})
+
+    save(10, keep_last=2)
+    save(20, keep_last=2)
+    (Checkpoints(tmp_path).path(20) / "unet.safetensors").write_bytes(b"")
+    save(15, keep_last=1)  # the run went on from 10
+    assert Checkpoints(tmp_path).load()[0] == 15
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"unet": NETWORK | {"block_out_channels": [8, 24]}}, "unet"),
+        ({"unet": NETWORK | {"layers_per_block": 2}}, "unet"),
+        ({"unet": STOCK}, "unet"),
+        ({"class_conditional": True}, "unet|class_conditional"),
+        ({"ema_sigma_rel": [0.05, 0.2]}, "ema_sigma_rel|ema-0.2"),
+        ({"timestep_sampling": "loss_second_moment"}, "timestep_sampling|timesteps"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_another_kind_of_run_is_one_sentence(recipe, change, names, begun_small):
+    before = {path: path.read_bytes() for path in begun_small.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"the checkpoint of .* does not fit this config") as caught:
+        train(recipe(begun_small, steps=4, sample_every=0, resume=True, **change))
+    told = str(caught.value)
+    assert "\n" not in told and len(told) < 400
+    assert re.search(names, told)
+    assert {path: path.read_bytes() for path in begun_small.rglob("*") if path.is_file()} == before
+
+
+@pytest.fixture
+def begun_small(recipe) -> Path:
+    """A finished run of 2 steps, that may go on."""
+    return train(recipe(steps=2, sample_every=0)).parent
+
+
+# ---------------------------------------------------------------- numbers that are not finite
+
+
+def spoil(monkeypatch, bad_steps, value=torch.nan, part=0, times=10**9) -> None:
+    """Put `value` into the noise of a part of the batch in some steps, each the first `times` that it is trained."""
+    from ddpm_pipe import draws, train
+
+    seen = []
+
+    def micro_batches(config, accelerator, probabilities, step, shape):
+        bad = step in bad_steps and seen.count(step) < times
+        seen.append(step)
+        for i, (rows, drawn) in enumerate(draws.micro_batches(config, accelerator, probabilities, step, shape)):
+            yield rows, drawn._replace(eps=drawn.eps * value) if bad and i == part else drawn
+
+    monkeypatch.setattr(train, "micro_batches", micro_batches)
+
+
+def saved_state(run: Path, step: int) -> dict[str, torch.Tensor]:
+    _, weights, state = Checkpoints(run)._read(Checkpoints(run).path(step)), None, None
+    raise NotImplementedError
