@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from ddpm_pipe.checkpoint import Checkpoints
 from ddpm_pipe.config import save_config
 from ddpm_pipe.log import read_metrics
 from ddpm_pipe.recipe import JsonDict, TrainConfig
@@ -50,9 +51,10 @@ def write_config(config: TrainConfig) -> str:
     return str(file)
 
 
-def final_state(config: TrainConfig) -> dict[str, torch.Tensor]:
-    """All tensors of the last checkpoint: weights, average and optimizer."""
-    folder = max((Path(config.output_dir) / "checkpoints").iterdir())
+def final_state(config: TrainConfig, step: int | None = None) -> dict[str, torch.Tensor]:
+    """All tensors of the last checkpoint, or of that of `step`: weights, averages and optimizer."""
+    checkpoints = Checkpoints(Path(config.output_dir))
+    folder = checkpoints.path(checkpoints.steps()[-1] if step is None else step)
     tensors = {
         f"{name}.{k}": v for name in ("unet", "ema") for k, v in load_file(folder / f"{name}.safetensors").items()
     }

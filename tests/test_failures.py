@@ -105,11 +105,11 @@ def fill(disk: Path) -> None:
 def test_a_full_disk_is_one_sentence_and_the_run_can_go_on(lives, begun, whole, small_disk, what):
     config = copy_of(begun, small_disk)
     rare = {"save_every": 20, "log_every": 20, "sample_every": 0}
-    life = lives.start(write_config(dataclasses.replace(config, **rare | {what: 1})), "--resume", die_in="metrics.jsonl")
+    eager = dataclasses.replace(config, **rare | {what: 1})
+    life = lives.start(write_config(eager), "--resume", die_in="metrics.jsonl")
     assert life.wait() == -signal.SIGKILL, "there is room for its config and metrics"
     fill(small_disk)
     life = lives.start(str(small_disk / "run.yaml"), "--resume")
-    assert re.search(r"could not be written|cannot be written", sentence(life))
     assert "No space left" in sentence(life)
     assert Checkpoints(Path(config.output_dir)).load()[0] == 4
     (small_disk / "others").unlink()
@@ -147,9 +147,7 @@ def test_a_run_folder_that_became_read_only_is_one_sentence(lives, begun, whole,
     config = copy_of(begun, folder)
     argv = [write_config(config), "--resume"]
     lock("ro")
-    told = sentence(lives.start(*argv))
-    assert "cannot be written" in told or "could not be written" in told
-    assert "Read-only file system" in told
+    assert "Read-only file system" in sentence(lives.start(*argv))
     lock("rw")
     assert_goes_on_to_the_same_end(lives, config, whole)
 
@@ -204,7 +202,8 @@ def test_when_no_checkpoint_can_be_read_it_is_one_sentence(lives, begun, tmp_pat
         (Checkpoints(tmp_path / "run").path(step) / "ema.safetensors").write_bytes(b"")
     life = lives.start(write_config(config), "--resume")
     assert life.wait() == 2
-    assert "none of the 2 checkpoints" in life.errors and "Traceback" not in life.errors
+    assert life.errors.splitlines()[-1].startswith("train.py: none of the 2 checkpoints")
+    assert "Traceback" not in life.errors
 
 
 def test_a_new_checkpoint_outlives_a_broken_one_of_a_later_step(tmp_path):
@@ -218,18 +217,17 @@ def test_a_new_checkpoint_outlives_a_broken_one_of_a_later_step(tmp_path):
     assert Checkpoints(tmp_path).load()[0] == 15
 
 
-@pytest.mark.parametrize(
-    ("change", "names"),
-    [
-        ({"unet": NETWORK | {"block_out_channels": [8, 24]}}, "unet"),
-        ({"unet": NETWORK | {"layers_per_block": 2}}, "unet"),
-        ({"unet": STOCK}, "unet"),
-        ({"class_conditional": True}, "unet|class_conditional"),
-        ({"ema_sigma_rel": [0.05, 0.2]}, "ema_sigma_rel|ema-0.2"),
-        ({"timestep_sampling": "loss_second_moment"}, "timestep_sampling|timesteps"),
-    ],
-    ids=str,
-)
+OTHERS = {
+    "wider": ({"unet": NETWORK | {"block_out_channels": [8, 24]}}, "unet"),
+    "deeper": ({"unet": NETWORK | {"layers_per_block": 2}}, "unet"),
+    "stock": ({"unet": STOCK}, "unet"),
+    "with classes": ({"class_conditional": True}, "unet|class_conditional"),
+    "another profile": ({"ema_sigma_rel": [0.05, 0.2]}, "ema_sigma_rel|ema-0.2"),
+    "other timesteps": ({"timestep_sampling": "loss_second_moment"}, "timestep"),
+}
+
+
+@pytest.mark.parametrize(("change", "names"), OTHERS.values(), ids=OTHERS.keys())
 def test_a_checkpoint_of_another_kind_of_run_is_one_sentence(recipe, change, names, begun_small):
     before = {path: path.read_bytes() for path in begun_small.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match=r"the checkpoint of .* does not fit this config") as caught:
@@ -250,8 +248,9 @@ def begun_small(recipe) -> Path:
 
 
 def spoil(monkeypatch, bad_steps, value=torch.nan, part=0, times=10**9) -> None:
-    """Put `value` into the noise of a part of the batch in some steps, each the first `times` that it is trained."""
-    from ddpm_pipe import draws, train
+    """Multiply the noise of a part of the batch in some steps, each the first `times` that it is trained."""
+    import ddpm_pipe.train as train
+    from ddpm_pipe import draws
 
     seen = []
 
@@ -264,6 +263,101 @@ def spoil(monkeypatch, bad_steps, value=torch.nan, part=0, times=10**9) -> None:
     monkeypatch.setattr(train, "micro_batches", micro_batches)
 
 
-def saved_state(run: Path, step: int) -> dict[str, torch.Tensor]:
-    _, weights, state = Checkpoints(run)._read(Checkpoints(run).path(step)), None, None
-    raise NotImplementedError
+FINITE = {"sample_every": 0, "save_every": 1, "keep_last": 100, "log_every": 1}
+
+
+@pytest.mark.parametrize(("value", "part"), [(torch.nan, 0), (torch.nan, 1), (torch.inf, 0)])
+def test_a_step_without_a_finite_gradient_changes_no_weight_and_the_run_goes_on(recipe, monkeypatch, value, part):
+    spoil(monkeypatch, {3}, value, part)
+    config = recipe(**FINITE, gradient_accumulation_steps=2)
+    train(config)
+    after = [final_state(config, step) for step in range(1, 7)]
+    assert_same(after[2], after[3])  # three steps done, and four
+    assert not torch.equal(after[3]["unet.conv_in.weight"], after[4]["unet.conv_in.weight"])
+    assert all(tensor.isfinite().all() for tensor in after[-1].values())
+
+
+def test_skipped_steps_are_counted(recipe, monkeypatch):
+    spoil(monkeypatch, {1, 3, 4})
+    config = recipe(**FINITE)
+    train(config)
+    assert [entry["skipped_steps"] for entry in read_metrics(Path(config.output_dir))] == [0, 1, 1, 2, 3, 3]
+
+
+def test_skipped_steps_are_still_counted_after_resuming(recipe, monkeypatch):
+    spoil(monkeypatch, {1, 4})
+    train(recipe(**FINITE | {"steps": 3}))
+    config = recipe(**FINITE, resume=True)
+    train(config)
+    assert [entry["skipped_steps"] for entry in read_metrics(Path(config.output_dir))] == [0, 1, 1, 1, 2, 2]
+
+
+def test_metrics_of_a_skipped_step_are_json(recipe, monkeypatch):
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    spoil(monkeypatch, {1})
+    config = recipe(**FINITE | {"steps": 3})
+    train(config)
+    for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+
+
+BAD = {"sample_every": 0, "save_every": 4, "max_bad_steps": 2, "log_every": 1}
+
+
+def test_too_many_bad_steps_in_a_row_go_back_to_the_last_checkpoint(recipe, monkeypatch, capsys):
+    undisturbed = recipe("undisturbed", **BAD, steps=10)
+    train(undisturbed)
+    spoil(monkeypatch, {5, 6}, times=1)
+    config = recipe("disturbed", **BAD, steps=10)
+    train(config)
+    assert "2 steps in a row had no finite gradient: back to the checkpoint of step 4." in capsys.readouterr().out
+    assert_same(final_state(undisturbed), final_state(config))
+
+
+def test_bad_steps_that_are_not_in_a_row_do_not_go_back(recipe, monkeypatch, capsys):
+    spoil(monkeypatch, {5, 7, 9})
+    train(recipe(**BAD, steps=10))
+    assert "back to" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("save_every", [4, 1])
+def test_bad_steps_that_come_again_stop_the_run_with_one_sentence(recipe, monkeypatch, save_every, capsys):
+    spoil(monkeypatch, range(5, 40))
+    config = recipe(**BAD | {"save_every": save_every}, steps=40)
+    with pytest.raises(ValueError, match=r"2 steps in a row had no finite gradient, and nothing before them helps"):
+        train(config)
+    assert capsys.readouterr().out.count("back to the checkpoint") == 1
+    assert all(tensor.isfinite().all() for tensor in final_state(config).values())
+
+
+def test_bad_steps_from_the_first_on_stop_the_run_with_one_sentence(recipe, monkeypatch):
+    spoil(monkeypatch, range(40))
+    with pytest.raises(ValueError, match=r"2 steps in a row had no finite gradient"):
+        train(recipe(**BAD, steps=40))
+
+
+@pytest.mark.parametrize("sick", ["unet", "average"])
+def test_weights_that_are_not_finite_are_never_written(recipe, monkeypatch, sick):
+    step_of = TrainState.optimizer_step
+
+    def optimizer_step(state, step, seen):
+        step_of(state, step, seen)
+        if step == 4:
+            module = state.average.module if sick == "average" else state.unet
+            next(iter(module.parameters())).data.view(-1)[0] = torch.nan
+
+    monkeypatch.setattr(TrainState, "optimizer_step", optimizer_step)
+    config = recipe(sample_every=0, save_every=2, steps=8)
+    with pytest.raises(CheckpointError, match=r"weights at step 6 are not finite and were not saved"):
+        train(config)
+    run = Path(config.output_dir)
+    assert Checkpoints(run).load()[0] == 4
+    written = [tensor for path in run.rglob("*.safetensors") for tensor in load_file(path).values()]
+    assert written and all(tensor.isfinite().all() for tensor in written)
+    assert_same(load_file(run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"), ema_of(config, 4))
+
+
+def ema_of(config: TrainConfig, step: int) -> dict[str, torch.Tensor]:
+    return load_file(Checkpoints(Path(config.output_dir)).path(step) / "ema.safetensors")
