@@ -99,6 +99,13 @@ class Lives:
         ranks = [whole | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
         return [self.start(*argv, environment=rank, **options) for rank in ranks]
 
+    def complete(self, *argv: str, processes: int = 1, **options: Any) -> Life:
+        """Let a run come to its end; the life of its main process."""
+        ranks = self.start_ranks(processes, *argv, **options) if processes > 1 else [self.start(*argv, **options)]
+        codes = [life.wait() for life in ranks]
+        assert codes == [0] * processes, f"{codes}: {ranks[0].errors}"
+        return ranks[0]
+
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()

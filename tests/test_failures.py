@@ -36,8 +36,7 @@ CHANCY = {
 def whole(lives, few_images, tmp_path_factory) -> TrainConfig:
     """A run that nothing happened to."""
     config = make_recipe(tmp_path_factory.mktemp("whole") / "run", data=few_images, **CHANCY)
-    life = lives.start(write_config(config))
-    assert life.wait() == 0, life.errors
+    lives.complete(write_config(config))
     return config
 
 
@@ -67,8 +66,7 @@ def sentence(life: Life) -> str:
 
 
 def assert_goes_on_to_the_same_end(lives, config: TrainConfig, whole: TrainConfig) -> None:
-    life = lives.start(write_config(config), "--resume")
-    assert life.wait() == 0, life.errors
+    lives.complete(write_config(config), "--resume")
     assert_same(final_state(whole), final_state(config))
 
 
@@ -189,8 +187,7 @@ def test_a_broken_newest_checkpoint_is_reported_and_costs_only_time(lives, begun
         (newest / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:-100])
     else:
         (newest / "manifest.json").unlink()
-    life = lives.start(write_config(config), "--resume")
-    assert life.wait() == 0
+    life = lives.complete(write_config(config), "--resume")
     assert re.search(r"checkpoint .*step-00000004 is unreadable .*; taking the one before it", life.errors)
     assert_same(final_state(whole), final_state(config))
 
@@ -338,17 +335,19 @@ def test_bad_steps_from_the_first_on_stop_the_run_with_one_sentence(recipe, monk
         train(recipe(**BAD, steps=40))
 
 
-@pytest.mark.parametrize("sick", ["unet", "average"])
+@pytest.mark.parametrize("sick", ["network", "average", "all"])
 def test_weights_that_are_not_finite_are_never_written(recipe, monkeypatch, sick):
     step_of = TrainState.optimizer_step
 
     def optimizer_step(state, step, seen):
         step_of(state, step, seen)
-        if step == 4:
+        if step == 4 and sick != "all":
             module = state.average.module if sick == "average" else state.unet
             next(iter(module.parameters())).data.view(-1)[0] = torch.nan
 
     monkeypatch.setattr(TrainState, "optimizer_step", optimizer_step)
+    if sick == "all":
+        monkeypatch.setattr("ddpm_pipe.state.lr_at", lambda step, config: torch.inf if step == 4 else 1e-3)
     config = recipe(sample_every=0, save_every=2, steps=8)
     with pytest.raises(CheckpointError, match=r"weights at step 6 are not finite and were not saved"):
         train(config)

@@ -42,8 +42,7 @@ CHANCY = {
 @pytest.fixture(scope="module")
 def whole(lives, few_images, tmp_path_factory) -> TrainConfig:
     config = make_recipe(tmp_path_factory.mktemp("whole") / "run", data=few_images, **CHANCY)
-    life = lives.start(write_config(config))
-    assert life.wait() == 0, life.errors
+    lives.complete(write_config(config))
     return config
 
 
@@ -64,8 +63,7 @@ def test_a_signal_stops_a_run_that_then_goes_on_to_the_same_end(lives, few_image
     assert Checkpoints(tmp_path / "run").load()[0] == step
     assert loss_curve(config) == loss_curve(whole)[:step], "nothing was trained that was not saved"
 
-    life = lives.start(write_config(config), "--resume")
-    assert life.wait() == 0, life.errors
+    lives.complete(write_config(config), "--resume")
     assert_same(final_state(whole), final_state(config))
     assert loss_curve(config) == loss_curve(whole)
 

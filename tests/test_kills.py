@@ -33,8 +33,7 @@ CHANCY = {
 def make_run(lives, folder: Path, processes: int = 1, **options) -> TrainConfig:
     """An uninterrupted run, in a process of its own, in the folder `run` of `folder`."""
     config = make_recipe(folder / "run", **CHANCY | options)
-    ranks = lives.start_ranks(processes, write_config(config), record=folder / "writes")
-    assert [life.wait() for life in ranks] == [0] * processes, ranks[0].errors
+    lives.complete(write_config(config), processes=processes, record=folder / "writes")
     return config
 
 
@@ -53,13 +52,9 @@ def files(config: TrainConfig, part: str) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def checkpoints(config: TrainConfig) -> Checkpoints:
-    return Checkpoints(Path(config.output_dir))
-
-
 def newest(config: TrainConfig) -> int:
     """The step of the newest checkpoint."""
-    return max(checkpoints(config).steps(), default=0)
+    return max(Checkpoints(Path(config.output_dir)).steps(), default=0)
 
 
 def kill_in_time(lives, config: TrainConfig, argv: list[str], chance: random.Random) -> str:
@@ -68,6 +63,7 @@ def kill_in_time(lives, config: TrainConfig, argv: list[str], chance: random.Ran
     goal = newest(config) + steps
     life = lives.start(*argv)
     while steps and not any(entry["step"] >= goal for entry in read_metrics(Path(config.output_dir))[-1:]):
+        life.assert_alive()
         time.sleep(0.001)
     time.sleep(chance.uniform(0, 0.06 if steps else 0.8))
     life.signal(signal.SIGKILL)
@@ -98,8 +94,7 @@ def test_twenty_kills_change_nothing(lives, few_images, tmp_path, precision):
     for number in plan:
         died.append(kill_in_write(lives, config, argv, number) if number else kill_in_time(lives, config, argv, chance))
         assert newest(config) < config.steps
-    life = lives.start(*argv)
-    assert life.wait() == 0, life.errors
+    lives.complete(*argv)
     print(f"{precision}: {len(died)} kills, {len(died) + 1} lives:", *died, sep="\n  ")
     assert_same_run(whole, config)
 
@@ -115,12 +110,12 @@ def test_killing_two_processes_changes_nothing(lives, few_images, tmp_path):
     ranks[1].wait()
     ranks = lives.start_ranks(2, *argv)  # both are killed
     while newest(config) < 2:
+        ranks[0].assert_alive()
         time.sleep(0.001)
     for life in ranks:
         life.signal(signal.SIGKILL)
     assert [life.wait() for life in ranks] == [-signal.SIGKILL] * 2
-    ranks = lives.start_ranks(2, *argv)
-    assert [life.wait() for life in ranks] == [0, 0], ranks[0].errors
+    lives.complete(*argv, processes=2)
     assert_same_run(whole, config)
 
 
@@ -169,8 +164,7 @@ def killed(request, lives, begun, tmp_path) -> TrainConfig:
 
 @pytest.mark.parametrize("killed", MOMENTS, indirect=True)
 def test_a_kill_at_the_worst_moment_changes_nothing(lives, killed, whole):
-    life = lives.start(write_config(killed), "--resume")
-    assert life.wait() == 0, life.errors
+    lives.complete(write_config(killed), "--resume")
     assert_same_run(whole, killed)
 
 
@@ -181,6 +175,5 @@ def test_after_a_kill_there_is_a_pipeline_to_load(killed):
 
 def test_resuming_a_finished_run_changes_nothing(lives, whole, tmp_path):
     config = copy_of(whole, tmp_path)
-    life = lives.start(write_config(config), "--resume")
-    assert life.wait() == 0, life.errors
+    lives.complete(write_config(config), "--resume")
     assert_same_run(whole, config)

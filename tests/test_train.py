@@ -1,5 +1,6 @@
 """The whole loop on real images and a small network: it learns, it saves, and it is the same run however it is cut."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,12 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
-from runs import NETWORK, STOCK, assert_same, final_state, launch
+from runs import NETWORK, STOCK, assert_same, final_state, launch, loss_curve, write_config
 from safetensors.torch import load_file
 
 from ddpm_pipe import DDPMPipeline
+from ddpm_pipe.checkpoint import Checkpoints
+from ddpm_pipe.recipe import TrainConfig
 from ddpm_pipe.train import train
 
 
@@ -92,16 +95,53 @@ def test_accumulation_does_not_change_the_run(recipe):
 
 
 @pytest.mark.slow
-def test_two_processes_are_the_same_run_as_one(recipe, tmp_path):
-    from ddpm_pipe.config import save_config
-
+def test_two_processes_are_the_same_run_as_one(recipe):
     one, two = recipe("one"), recipe("two")
     train(one)
-    save_config(two, tmp_path / "two.yaml")
-    done = launch(str(tmp_path / "two.yaml"), processes=2)
+    done = launch(write_config(two), processes=2)
     assert done.returncode == 0, done.stderr
     assert "2 processes x 1 accumulation steps" in done.stdout
     assert_same(final_state(one), final_state(two), rtol=1e-3, atol=2e-5)
+
+
+def assert_same_losses(first: TrainConfig, second: TrainConfig) -> None:
+    torch.testing.assert_close(torch.tensor(loss_curve(first)), torch.tensor(loss_curve(second)), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", ["uniform", "loss_second_moment"])
+def test_the_loss_curve_does_not_depend_on_processes_and_accumulation(lives, few_images, recipe, sampling):
+    chain = {"num_train_timesteps": 4, "beta_schedule": "linear", "beta_end": 0.6, "timestep_sampling": sampling}
+    options = {"data": few_images, "batch_size": 16, "steps": 16, "log_every": 1, "sample_every": 0, **chain}
+    one, two = recipe("one", **options), recipe("two", **options)
+    accumulated = recipe("accumulated", **options, gradient_accumulation_steps=2)
+    for config, processes in ((one, 1), (two, 2), (accumulated, 1)):
+        lives.complete(write_config(config), processes=processes)
+    assert len(loss_curve(one)) == 16
+    assert_same_losses(one, two)
+    assert_same_losses(one, accumulated)
+    if sampling == "loss_second_moment":
+        history = [Checkpoints(Path(config.output_dir)).load()[2]["timesteps"] for config in (one, two, accumulated)]
+        assert history[0]["counts"].min() > 10, "timesteps were drawn by their losses"
+        for other in history[1:]:
+            assert torch.equal(other["counts"], history[0]["counts"])
+            torch.testing.assert_close(other["losses"], history[0]["losses"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_a_run_may_go_on_with_another_number_of_processes(lives, few_images, recipe, first, then):
+    options = {"data": few_images, "log_every": 1, "save_every": 3, "sample_every": 0, "class_conditional": True}
+    whole, moved = recipe("whole", **options), recipe("run", **options)
+    train(whole)
+    ranks = lives.start_ranks(first, write_config(moved), die_in="checkpoints/.step-00000006.new")
+    assert ranks[0].wait() == -signal.SIGKILL, ranks[0].errors
+    for life in ranks[1:]:
+        life.signal(signal.SIGKILL)
+        life.wait()
+    lives.complete(write_config(moved), "--resume", processes=then)
+    assert_same_losses(whole, moved)
+    assert_same(final_state(whole), final_state(moved), rtol=1e-3, atol=2e-5)
 
 
 def test_tensorboard_shows_loss_rate_and_speed(recipe):

@@ -1,0 +1,287 @@
+"""What is seen of a run: losses by timestep, metrics.jsonl, the report, grids and the loss on images held out."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from runs import loss_curve
+from safetensors.torch import load_file
+
+from ddpm_pipe import DDPMPipeline
+from ddpm_pipe.data import ImageData
+from ddpm_pipe.health import held_out_loss, sample_grid
+from ddpm_pipe.log import METRICS, TIMESTEP_BINS, Log, mean_by_timestep, named_means, read_metrics
+from ddpm_pipe.objective import Objective
+from ddpm_pipe.recipe import make_scheduler, make_unet
+from ddpm_pipe.report import write_report
+from ddpm_pipe.train import load_training_images, make_accelerator, train
+
+# ---------------------------------------------------------------- losses by timestep
+
+
+def test_equal_ranges_of_timesteps_have_their_mean_loss():
+    t = torch.arange(1000)
+    means = named_means("loss", mean_by_timestep(t, t.float(), 1000))  # the loss of t is t
+    assert means["loss"] == 499.5
+    assert [means[f"loss/t_{i}0%"] for i in range(TIMESTEP_BINS)] == [100 * i + 49.5 for i in range(TIMESTEP_BINS)]
+    assert len(means) == 1 + TIMESTEP_BINS
+
+
+@pytest.mark.parametrize("steps", [1, 4, 7, 15, 1000])
+def test_every_timestep_of_any_chain_has_its_range(steps):
+    sums = mean_by_timestep(torch.arange(steps), torch.ones(steps), steps)
+    assert sums[0].sum() == sums[1].sum() == steps
+    assert sums[1].max() - sums[1].min() <= 1, "equal ranges"
+
+
+def test_the_mean_is_over_images_not_over_ranges():
+    t, losses = torch.tensor([0, 0, 0, 999]), torch.tensor([1.0, 1.0, 1.0, 5.0])
+    assert named_means("x", mean_by_timestep(t, losses, 1000)) == {"x": 2.0, "x/t_00%": 1.0, "x/t_90%": 5.0}
+
+
+def test_the_parts_of_a_batch_sum_to_the_whole():
+    drawn = torch.Generator().manual_seed(0)
+    t, losses = torch.randint(50, (64,), generator=drawn), torch.rand(64, generator=drawn)
+    parts = sum(mean_by_timestep(t[rows], losses[rows], 50) for rows in torch.arange(64).split(13))
+    torch.testing.assert_close(parts, mean_by_timestep(t, losses, 50), rtol=1e-14, atol=0)
+
+
+# ---------------------------------------------------------------- metrics.jsonl
+
+
+@pytest.fixture
+def log(recipe, tmp_path):
+    """A log of a run of 10 steps of 8 images and 20 timesteps, every 4 steps."""
+    (tmp_path / "run").mkdir()
+    config = recipe(steps=10, log_every=4)
+    log = Log(config, Accelerator(cpu=True), Path(config.output_dir), 0)
+    yield log
+    log.close()
+
+
+def write_steps(log: Log, steps: range, **values: float) -> None:
+    """Two accumulation steps of two images each; the loss of every image is the step."""
+    for step in steps:
+        seen = [(torch.tensor([0, 19]), torch.full((2,), float(step))) for _ in range(2)]
+        log.write(step, seen, **values)
+
+
+def test_an_entry_has_the_mean_since_the_one_before_it_and_the_last_step_has_one(log):
+    write_steps(log, range(1, 11), learning_rate=0.5)
+    assert loss_curve(log.config) == [(4, 2.5), (8, 6.5), (10, 9.5)]
+    for entry in read_metrics(log.run):
+        assert entry["loss/t_00%"] == entry["loss/t_90%"] == entry["loss"]
+        assert entry["learning_rate"] == 0.5
+
+
+def test_the_speed_is_in_images_of_the_whole_batch(log, monkeypatch):
+    monkeypatch.setattr("time.perf_counter", lambda: log.since[0] + 2.0)
+    write_steps(log, range(1, 5))
+    (entry,) = read_metrics(log.run)
+    assert entry["images_per_second"] == 4 * 8 / 2
+
+
+def test_rewinding_drops_what_came_later(log):
+    write_steps(log, range(1, 11))
+    log.rewind(9)
+    assert [step for step, _ in loss_curve(log.config)] == [4, 8]
+    write_steps(log, range(10, 11))
+    assert loss_curve(log.config) == [(4, 2.5), (8, 6.5), (10, 10.0)]
+
+
+def test_rewinding_forgets_losses_that_are_not_yet_written(log):
+    write_steps(log, range(1, 3))
+    log.rewind(0)
+    write_steps(log, range(1, 5))
+    assert loss_curve(log.config) == [(4, 2.5)]
+
+
+def test_a_last_line_cut_short_is_left_out(log):
+    write_steps(log, range(1, 11))
+    file = log.run / METRICS
+    file.write_text(file.read_text()[:-20])
+    assert [entry["step"] for entry in read_metrics(log.run)] == [4, 8]
+    log.rewind(10)
+    log.record(11, {"loss": 1.0})
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [4, 8, 11]
+
+
+def test_a_run_without_metrics_has_no_entries(tmp_path):
+    assert read_metrics(tmp_path) == []
+
+
+def test_a_resumed_run_has_every_entry_once_and_in_order(recipe, monkeypatch):
+    options = {"log_every": 1, "save_every": 4, "sample_every": 3, "holdout": 10, "steps": 8}
+    write = Log.write
+
+    def stop(log, step, seen, **values):
+        write(log, step, seen, **values)
+        if step == 7:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Log, "write", stop)
+        train(recipe(**options))
+    config = recipe(**options, resume=True)
+    assert [step for step, _ in loss_curve(config)] == [1, 2, 3, 4, 5, 6, 7]
+    train(config)
+    entries = read_metrics(Path(config.output_dir))
+    assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [entry["step"] for entry in entries if "held_out_loss" in entry] == [3, 6, 8]
+    assert [entry["step"] for entry in entries] == sorted(entry["step"] for entry in entries)
+
+
+# ---------------------------------------------------------------- the report
+
+
+@pytest.fixture(scope="module")
+def metrics() -> list[dict]:
+    """Entries with all that a report draws."""
+    entries = []
+    for step in range(10, 110, 10):
+        losses = dict.fromkeys(("loss", "loss/t_00%", "loss/t_90%", "gradient_norm"), 1 / step)
+        entries.append({"step": step, "learning_rate": 1e-4, "images_per_second": 100.0 + step} | losses)
+        entries.append({"step": step, "held_out_loss": 2 / step, "held_out_loss/t_50%": 2 / step})
+    return entries
+
+
+def draw(run: Path, entries: list[dict]) -> Image.Image:
+    (run / METRICS).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    with Image.open(write_report(run)) as picture:
+        return picture.convert("HSV")
+
+
+def coloured(picture: Image.Image) -> list[bool]:
+    """Which of the 2 x 3 panels show a curve: only curves are coloured, axes and texts are black."""
+    pixels = np.asarray(picture)
+    panels = [part for row in np.array_split(pixels, 2) for part in np.array_split(row, 3, axis=1)]
+    return [bool((panel[..., 1] > 100).sum() > 10) for panel in panels]
+
+
+def test_the_report_is_a_picture_with_a_curve_in_every_panel(tmp_path, metrics):
+    picture = draw(tmp_path, metrics)
+    assert picture.width >= 1000 and picture.height >= 600
+    assert (tmp_path / "report.png").stat().st_size < 500_000
+    assert coloured(picture) == [True] * 6
+
+
+def test_without_held_out_images_their_panel_is_empty(tmp_path, metrics):
+    entries = [entry for entry in metrics if "loss" in entry]
+    assert coloured(draw(tmp_path, entries)) == [True, True, False, True, True, True]
+
+
+def test_a_report_can_be_drawn_of_a_single_entry(tmp_path, metrics):
+    assert coloured(draw(tmp_path, metrics[:2])) == [True] * 6
+
+
+def test_a_report_can_be_drawn_of_a_run_with_skipped_steps(tmp_path, metrics):
+    metrics = [*metrics, metrics[0] | {"step": 110, "loss": float("nan"), "gradient_norm": float("inf")}]
+    assert coloured(draw(tmp_path, metrics)) == [True] * 6
+
+
+def test_a_report_without_metrics_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match=r"has no metrics to draw a report from\.$"):
+        write_report(tmp_path)
+
+
+# ---------------------------------------------------------------- grids and images held out
+
+
+@pytest.fixture
+def finished(recipe):
+    """A run with images held out, labels and an average unlike the raw weights; its config and folder."""
+    config = recipe(steps=6, log_every=1, sample_every=3, holdout=20, class_conditional=True, ema_power=0.3)
+    return config, train(config).parent
+
+
+def health_of(config, unet):
+    """The loss of a network on the images held out."""
+    accelerator = make_accelerator(config)
+    _, held_out = load_training_images(config, accelerator)
+    return held_out_loss(config, unet, Objective(make_scheduler(config)), held_out, accelerator.device)
+
+
+def test_the_logged_held_out_loss_is_that_of_the_saved_average(finished):
+    config, run = finished
+    logged = [entry for entry in read_metrics(run) if "held_out_loss" in entry]
+    assert [entry["step"] for entry in logged] == [3, 6]
+    again = health_of(config, DDPMPipeline.from_pretrained(run / "pipeline").unet)
+    assert logged[-1] == {"step": 6} | again
+    assert any(name.startswith("held_out_loss/t_") for name in again)
+
+
+def test_the_grids_show_the_average_and_the_raw_network(finished):
+    config, run = finished
+    saved = {name: Image.open(run / "samples" / name) for name in ("step-00000006.png", "step-00000006-raw.png")}
+    average, raw = saved.values()
+    assert average.tobytes() != raw.tobytes()
+    pipeline = DDPMPipeline.from_pretrained(run / "pipeline")
+    assert sample_grid(config, pipeline).tobytes() == average.tobytes()
+    pipeline.unet.load_state_dict(load_file(max((run / "checkpoints").iterdir()) / "unet.safetensors"))
+    assert sample_grid(config, pipeline).tobytes() == raw.tobytes()
+    assert len(list((run / "samples").iterdir())) == 4
+
+
+def test_the_report_of_a_real_run_has_all_curves(finished):
+    with Image.open(finished[1] / "report.png") as picture:
+        assert coloured(picture.convert("HSV")) == [True] * 6
+
+
+@pytest.fixture
+def small(recipe):
+    """A config, an untrained network and 30 grey images of noise, 12 of them held out."""
+    config = recipe()
+    pixels = torch.randint(256, (30, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    data = ImageData(pixels, torch.arange(30))
+    unet = make_unet(config, data).eval()
+    torch.nn.init.normal_(unet.conv_out.weight)  # which is zero, so that every image has the same loss
+    return config, unet, data
+
+
+def loss_of(config, unet, data) -> dict[str, float]:
+    _, held_out = data.hold_out(12, config.seed)
+    return held_out_loss(config, unet, Objective(make_scheduler(config)), held_out, torch.device("cpu"))
+
+
+def test_the_held_out_loss_is_the_same_number_twice(small):
+    first = loss_of(*small)
+    torch.rand(1)
+    assert loss_of(*small) == first
+
+
+def test_the_held_out_loss_depends_on_the_held_out_images_alone(small):
+    config, unet, data = small
+    first = loss_of(config, unet, data)
+    trained, held_out = data.hold_out(12, config.seed)
+
+    def without(rows: torch.Tensor) -> ImageData:
+        return dataclasses.replace(data, images=data.images.index_fill(0, rows, 0))
+
+    assert loss_of(config, unet, without(trained.rows)) == first
+    assert loss_of(config, unet, without(held_out.rows[:1])) != first
+
+
+def test_the_held_out_loss_is_the_mean_of_its_ranges(small):
+    losses = loss_of(*small)
+    ranges = [value for name, value in losses.items() if "/" in name]
+    assert 1 < len(ranges) <= TIMESTEP_BINS
+    assert min(ranges) < losses["held_out_loss"] < max(ranges)
+
+
+def test_tensorboard_has_both_grids(recipe):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = recipe(tracker="tensorboard", sample_every=3)
+    train(config)
+    events = EventAccumulator(str(Path(config.output_dir) / "logs")).Reload()
+    assert set(events.Tags()["images"]) == {"average", "raw"}
+    assert [event.step for event in events.Images("raw")] == [3, 6]
+    with Image.open(Path(config.output_dir) / "samples" / "step-00000006.png") as grid:
+        shown = events.Images("average")[-1]
+        assert (shown.width, shown.height) == grid.size
