@@ -1,11 +1,17 @@
+import os
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from lives import Lives
 from runs import make_recipe
 
 from ddpm_pipe.data import open_dataset
+
+# One worker per core: more threads would only wait for each other, here and in the processes that tests start.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")
