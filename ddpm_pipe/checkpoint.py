@@ -35,6 +35,16 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or leave it as it was."""
+    new = path.with_name(f".{path.name}.new")
+    try:
+        new.write_text(text)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
 def replace_folder(folder: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a new folder, then put it in the place of `folder`: readers see the old one or the new one.
 
@@ -107,12 +117,16 @@ class Checkpoints:
             (folder / MANIFEST).write_text(json.dumps({"step": step, "sha256": sums}, indent=2))
 
         replace_folder(self.path(step), write)
-        self._delete_old()
+        self._delete_old(step)
         return self.path(step)
 
-    def _delete_old(self) -> None:
-        for step in self.steps()[: -self.keep_last]:
-            if not self.keep_every or step % self.keep_every:
+    def _delete_old(self, newest: int) -> None:
+        """Delete what is no longer wanted, and what claims a later step: the run was resumed before it."""
+        steps = self.steps()
+        wanted = [step for step in steps if step <= newest][-self.keep_last :]
+        for step in steps:
+            kept_for_good = self.keep_every and step % self.keep_every == 0 and step <= newest
+            if step not in wanted and not kept_for_good:
                 shutil.rmtree(self.path(step), ignore_errors=True)
 
     def load(self) -> tuple[int, dict[str, dict[str, Tensor]], dict[str, Any]] | None:

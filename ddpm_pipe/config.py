@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
+from ddpm_pipe.checkpoint import replace_text
+
 T = TypeVar("T")
 
 _FILE_SUFFIXES = (".yaml", ".yml", ".json")
@@ -65,16 +67,15 @@ def parse_config(config_class: Callable[..., T], argv: Sequence[str], **defaults
 def save_config(config: Any, path: Path) -> None:
     """Write a dataclass as a YAML or JSON file that `parse_config` reads back."""
     values = json.loads(json.dumps(dataclasses.asdict(config)))  # plain types only
-    if path.suffix == ".json":
-        path.write_text(json.dumps(values, indent=2) + "\n")
-    else:
-        path.write_text(yaml.safe_dump(values, sort_keys=False))
+    as_json = path.suffix == ".json"
+    replace_text(path, json.dumps(values, indent=2) + "\n" if as_json else yaml.safe_dump(values, sort_keys=False))
 
 
 def main(function: Callable[[T], Any], config_class: Callable[..., T], **defaults: Any) -> None:
-    """Run `function` on the config of the command line; bad input ends in its sentence and exit code 2."""
+    """Run `function` on the config of the command line; bad input or a bad disk end in one sentence and exit code 2."""
     try:
         function(parse_config(config_class, sys.argv[1:], **defaults))
-    except ValueError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        what = f"a file could not be read or written ({error})" if isinstance(error, OSError) else error
+        print(f"{Path(sys.argv[0]).name}: {what}", file=sys.stderr)
         sys.exit(2)

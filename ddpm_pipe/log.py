@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ddpm_pipe.checkpoint import replace_text
 from ddpm_pipe.recipe import TrainConfig
 
 METRICS = "metrics.jsonl"
@@ -63,7 +64,7 @@ class Log:
         self.bar.n = step
         if self.accelerator.is_main_process:
             kept = [json.dumps(entry) + "\n" for entry in read_metrics(self.run) if entry["step"] <= step]
-            (self.run / METRICS).write_text("".join(kept))
+            replace_text(self.run / METRICS, "".join(kept))
 
     def write(self, step: int, seen: list[tuple[Tensor, Tensor]], **values: float) -> None:
         """Advance the bar; where it is time, log the mean losses of all processes, the speed and `values`.

@@ -125,13 +125,18 @@ class TrainState:
         step, weights, state = loaded
         modules = {f"ema-{name}": profile.module for name, profile in self.profiles.items()}
         modules |= {"unet": self.accelerator.unwrap_model(self.unet), "ema": self.average.module}
-        try:
-            for name, module in modules.items():
-                module.load_state_dict(weights[name])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.timesteps.load_state_dict(state["timesteps"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise ValueError(f"the checkpoint of {run} does not fit this config: {error}") from error
+        for name, module in modules.items():
+            expected = {key: tensor.shape for key, tensor in module.state_dict().items()}
+            if {key: tensor.shape for key, tensor in weights.get(name, {}).items()} != expected:
+                raise ValueError(
+                    f"the checkpoint of {run} does not fit this config: its weights {name!r} are not those that unet, "
+                    "class_conditional, channels, variance_type and ema_sigma_rel ask for."
+                )
+            module.load_state_dict(weights[name])
+        if state["timesteps"].keys() != self.timesteps.state_dict().keys():
+            raise ValueError(f"the checkpoint of {run} does not fit this config: it has another timestep_sampling.")
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.timesteps.load_state_dict(state["timesteps"])
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.bad_steps, self.skipped = 0, state["skipped"]

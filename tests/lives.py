@@ -4,6 +4,7 @@ Run as a program this file is that parent; imported, it is the tests' handle on 
 examples/train.py ...` does, up to the end of the interpreter; only the seconds that importing torch takes are shared.
 """
 
+import faulthandler
 import importlib
 import json
 import os
@@ -12,7 +13,6 @@ import re
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -41,7 +41,10 @@ class Life:
 
     def wait(self, timeout: float = 120) -> int:
         """The exit code, negative for a signal; what hangs is killed and raises."""
-        return self.lives.ask(wait=self.pid, timeout=timeout)
+        code = self.lives.ask(wait=self.pid, timeout=timeout)
+        if code is None:
+            raise TimeoutError(f"still alive after {timeout} s:\n{self.errors}")
+        return code
 
     @property
     def output(self) -> str:
@@ -70,10 +73,7 @@ class Lives:
 
     def ask(self, **request: Any) -> Any:
         print(json.dumps(request), file=self.process.stdin, flush=True)
-        answer = json.loads(self.process.stdout.readline())
-        if answer is None:
-            raise TimeoutError(f"{request} took too long")
-        return answer
+        return json.loads(self.process.stdout.readline())
 
     def start(
         self,
@@ -91,10 +91,14 @@ class Lives:
 
     def start_ranks(self, count: int, *argv: str, **options: Any) -> list[Life]:
         """The processes of one run, told of each other as `torchrun` tells them."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        whole = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        from torch.distributed import TCPStore
+
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # they meet at its free port
+        whole = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self.store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
         whole |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
         ranks = [whole | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
         return [self.start(*argv, environment=rank, **options) for rank in ranks]
@@ -102,8 +106,9 @@ class Lives:
     def complete(self, *argv: str, processes: int = 1, **options: Any) -> Life:
         """Let a run come to its end; the life of its main process."""
         ranks = self.start_ranks(processes, *argv, **options) if processes > 1 else [self.start(*argv, **options)]
-        codes = [life.wait() for life in ranks]
-        assert codes == [0] * processes, f"{codes}: {ranks[0].errors}"
+        for life in ranks:
+            code = life.wait()
+            assert code == 0, f"exit code {code}: {life.errors}"
         return ranks[0]
 
     def close(self) -> None:
@@ -143,6 +148,8 @@ def wait(pid: int, timeout: float) -> int | None:
         if done:
             return os.waitstatus_to_exitcode(status)
         if time.monotonic() > end:
+            os.kill(pid, signal.SIGUSR1)  # it says where it hangs
+            time.sleep(0.5)
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             return None
@@ -162,6 +169,7 @@ def live(
         with open(name, mode) as file:
             os.dup2(file.fileno(), descriptor)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    faulthandler.register(signal.SIGUSR1)
     os.environ.update(environment)
     for seed in (random.seed, np.random.seed, torch.seed):  # no two processes start with the same
         seed()

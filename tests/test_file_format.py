@@ -116,14 +116,14 @@ ALLOWED_IMPORTS = {
     "ema": set(),
     "timesteps": set(),
     "checkpoint": set(),
-    "config": set(),
+    "config": {"checkpoint"},
     "interruption": set(),
     # training
     "recipe": {"noise", "prediction", "unet", "schedulers", "objective"}
     | {"randomness", "data", "stream", "ema", "timesteps"},
     "draws": {"randomness", "recipe"},
     "state": {"checkpoint", "ema", "timesteps", "recipe"},
-    "log": {"recipe"},
+    "log": {"checkpoint", "recipe"},
     "report": {"log"},
     "health": {"data", "log", "objective", "pipeline", "randomness", "recipe", "schedulers", "state"},
     "posthoc": {"checkpoint", "ema", "pipeline"},
