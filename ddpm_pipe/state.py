@@ -82,17 +82,26 @@ class TrainState:
 
     # ------------------------------------------------------------ checkpoints
 
+    def check_finite(self, step: int) -> None:
+        """Refuse to go on with weights that must not be saved or exported.
+
+        Raises:
+            CheckpointError: where a weight of the network or of its averages is not finite.
+        """
+        models = [self.accelerator.unwrap_model(self.unet), self.average.module]
+        models += [profile.module for profile in self.profiles.values()]
+        if not all(torch.isfinite(p).all() for model in models for p in model.parameters()):
+            raise CheckpointError(
+                f"the weights at step {step} are not finite and were not saved; earlier ones are intact."
+            )
+
     def save(self, run: Path, step: int) -> None:
         """Write a checkpoint of `step` optimizer steps.
 
         Raises:
-            CheckpointError: where it cannot be written, or the weights are not finite; earlier ones are intact.
+            CheckpointError: where it cannot be written; earlier ones are intact.
         """
         unet = self.accelerator.unwrap_model(self.unet)
-        if not all(torch.isfinite(p).all() for model in (unet, self.average.module) for p in model.parameters()):
-            raise CheckpointError(
-                f"the weights at step {step} are not finite and were not saved; earlier ones are intact."
-            )
         weights = {"unet": unet.state_dict(), "ema": self.average.module.state_dict()}
         state = {
             "optimizer": self.optimizer.state_dict(),

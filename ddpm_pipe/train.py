@@ -24,6 +24,7 @@ from ddpm_pipe.objective import Objective
 from ddpm_pipe.pipeline import DDPMPipeline
 from ddpm_pipe.recipe import TrainConfig, lr_at, make_scheduler, make_unet
 from ddpm_pipe.report import write_report
+from ddpm_pipe.schedulers import DDPMScheduler
 from ddpm_pipe.state import TrainState
 from ddpm_pipe.stream import ImageStream, stream_images
 
@@ -81,11 +82,7 @@ def train(config: TrainConfig) -> Path:
             if accelerator.is_main_process:
                 if config.is_due(step, config.sample_every):
                     show_health(config, state, objective, held_out, log, step)
-                if config.ema_sigma_rel and config.is_due(step, config.ema_snapshot_every or config.save_every):
-                    state.snapshot(run, step)
-                if interrupted or config.is_due(step, config.save_every):
-                    state.save(run, step)
-                    replace_folder(run / "pipeline", DDPMPipeline(state.average.module, scheduler).save_pretrained)
+                keep(config, state, scheduler, run, step, interrupted)
             if interrupted and step < config.steps:
                 accelerator.wait_for_everyone()
                 accelerator.print(f"stopped at step {step}; go on with --resume.")
@@ -96,6 +93,21 @@ def train(config: TrainConfig) -> Path:
         write_report(run)
     log.close()
     return run / "pipeline"
+
+
+def keep(
+    config: TrainConfig, state: TrainState, scheduler: DDPMScheduler, run: Path, step: int, interrupted: bool
+) -> None:
+    """Write snapshots, pipeline and checkpoint where it is time for them, never from weights that are not finite."""
+    saving = interrupted or config.is_due(step, config.save_every)
+    snapping = config.ema_sigma_rel and config.is_due(step, config.ema_snapshot_every or config.save_every)
+    if saving or snapping:
+        state.check_finite(step)
+    if snapping:
+        state.snapshot(run, step)
+    if saving:
+        replace_folder(run / "pipeline", DDPMPipeline(state.average.module, scheduler).save_pretrained)
+        state.save(run, step)  # last of all: where it exists, so does the rest
 
 
 # ---------------------------------------------------------------- before the first step
