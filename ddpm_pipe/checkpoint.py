@@ -46,7 +46,9 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def replace_folder(folder: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a new folder, then put it in the place of `folder`: readers see the old one or the new one.
+    """Let `write` fill a new folder, then put it in the place of `folder`.
+
+    Killed between the two renames of the exchange, the old one is left whole as `.<name>.old` until the next write.
 
     Raises:
         CheckpointError: where the disk is full or the folder read-only; `folder` is then as it was.

@@ -171,8 +171,11 @@ def test_a_kill_at_the_worst_moment_changes_nothing(lives, killed, whole):
 
 
 @pytest.mark.parametrize("killed", ["the last pipeline", "the exchange of the pipelines"], indirect=True)
-def test_after_a_kill_there_is_a_pipeline_to_load(killed):
-    assert load_file(Path(killed.output_dir) / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+def test_after_a_kill_there_is_a_whole_pipeline(killed):
+    """Between the two renames of an exchange it lies in `.pipeline.old`, until the run is resumed."""
+    run = Path(killed.output_dir)
+    folder = next(path for path in (run / "pipeline", run / ".pipeline.old") if path.exists())
+    assert load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
 
 
 def test_resuming_a_finished_run_changes_nothing(lives, whole, tmp_path):
