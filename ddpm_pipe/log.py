@@ -1,6 +1,7 @@
 """What is seen of a run while it goes on: progress bar, tracker, and metrics.jsonl, from which the report is drawn."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -88,11 +89,12 @@ class Log:
         self.record(step, means | {"images_per_second": speed} | values)
 
     def record(self, step: int, values: dict[str, float]) -> None:
-        """Write values to the tracker and to metrics.jsonl, on the main process."""
+        """Write values to the tracker and to metrics.jsonl, on the main process; what is not finite is null there."""
         self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
+            entry = {name: value if math.isfinite(value) else None for name, value in values.items()}
             with (self.run / METRICS).open("a") as file:
-                file.write(json.dumps({"step": step} | values) + "\n")
+                file.write(json.dumps({"step": step} | entry) + "\n")
 
     def show(self, step: int, grids: dict[str, Image.Image]) -> None:
         """Give image grids to the tracker."""

