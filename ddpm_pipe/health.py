@@ -10,7 +10,7 @@ from PIL import Image
 from ddpm_pipe.data import ImageData, to_unit_range
 from ddpm_pipe.log import Log, mean_by_timestep, named_means
 from ddpm_pipe.objective import Objective
-from ddpm_pipe.pipeline import DDPMPipeline
+from ddpm_pipe.portable import DDPMPipeline
 from ddpm_pipe.randomness import generator
 from ddpm_pipe.recipe import TrainConfig
 from ddpm_pipe.schedulers import DDIMScheduler

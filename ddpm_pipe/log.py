@@ -102,7 +102,3 @@ class Log:
         for tracker in self.accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images(batches, step=step, **layout)
-
-    def close(self) -> None:
-        self.bar.close()
-        self.accelerator.end_training()

@@ -1,9 +1,11 @@
-"""Sampling images: Algorithm 2 of DDPM with any scheduler, as a diffusers pipeline."""
+"""Sampling images: Algorithm 2 of DDPM with any scheduler, as a diffusers pipeline.
+
+With `noise` and `prediction` this file travels with shared checkpoints that the pipelines of diffusers cannot sample.
+"""
 
 import inspect
 from collections.abc import Callable
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -12,12 +14,11 @@ from torch import Tensor
 
 from ddpm_pipe.noise import check_choice
 from ddpm_pipe.prediction import PREDICTIONS
-from ddpm_pipe.schedulers import DDPMScheduler
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 
 
-class DDPMPipeline(DiffusionPipeline):
+class PixelDiffusionPipeline(DiffusionPipeline):
     """Unconditional and class-conditional generation in pixel space.
 
     Args:
@@ -142,7 +143,8 @@ class DDPMPipeline(DiffusionPipeline):
             output, unconditional = output.chunk(2)
             prediction = torch.lerp(unconditional[:, :channels], output[:, :channels], scale)
             output = torch.cat([prediction, output[:, channels:]], dim=1)
-        takes_variance = isinstance(self.scheduler, (DDPMScheduler, diffusers.DDPMScheduler))
+        # only DDPM's scheduler takes a learned variance; by name, since there is more than one class of that name
+        takes_variance = type(self.scheduler).__name__ == "DDPMScheduler"
         return output if takes_variance else output[:, :channels]
 
     def _pred_original_sample(self, model_output: Tensor, t: Tensor, model_input: Tensor) -> Tensor:

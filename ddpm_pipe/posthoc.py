@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddpm_pipe.checkpoint import replace_folder
 from ddpm_pipe.ema import posthoc_coefficients
-from ddpm_pipe.pipeline import DDPMPipeline
+from ddpm_pipe.portable import DDPMPipeline
 
 
 @dataclass

@@ -20,6 +20,11 @@ from ddpm_pipe.stream import ImageStream
 from ddpm_pipe.timesteps import TIMESTEP_SAMPLERS
 from ddpm_pipe.unet import DDPMUNet2DModel
 
+CONFIG = "config.yaml"
+"""The recipe of a run, in its folder; where it exists there is a run."""
+PLAN = "plan.json"
+"""What is printed before the first step, in the run folder."""
+
 NETWORKS: dict[str, type[ModelMixin]] = {"DDPMUNet2DModel": DDPMUNet2DModel, "UNet2DModel": UNet2DModel}
 TRAINED_VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 LR_SCHEDULES = ("constant", "linear", "cosine")
@@ -120,6 +125,9 @@ class TrainConfig:
     guidance_scale: float = _option(1.0, "classifier-free guidance of a grid")
     log_every: int = _option(20, "optimizer steps between log entries")
     tracker: str = _option("auto", f"one of {', '.join(TRACKERS)}; auto is tensorboard where it is installed")
+    push_to: str | None = _option(None, "repository on the Hub, org/name, to push to every push_every steps")
+    push_every: int = _option(0, "optimizer steps between pushes, a multiple of save_every; 0 for none")
+    push_public: bool = _option(False, "let everyone see what is pushed; private otherwise")
     resume: bool = _option(False, "go on from the newest checkpoint of output_dir")
     overwrite: bool = _option(False, "delete what output_dir holds of another run")
 
@@ -146,6 +154,11 @@ class TrainConfig:
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ValueError(
                 "rescale_betas_zero_snr needs prediction_type sample or v_prediction: noise alone shows no image."
+            )
+        if self.push_every % self.save_every or (self.push_every > 0) != (self.push_to is not None):
+            raise ValueError(
+                f"push_every={self.push_every} must be a multiple of save_every={self.save_every}, and goes with "
+                "push_to, the repository on the Hub."
             )
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite contradict each other; choose one.")

@@ -4,8 +4,12 @@ Everything scheduled is a pure function of the optimizer step, everything random
 and the batch is cut into equal parts for processes and accumulation steps: the run is the same however it is cut.
 """
 
+import json
+import os
+import platform
 import shutil
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -13,25 +17,23 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import is_tensorboard_available
 
-from ddpm_pipe.checkpoint import replace_folder
+from ddpm_pipe.checkpoint import replace_folder, replace_text
 from ddpm_pipe.config import save_config
 from ddpm_pipe.data import ImageData, load_images
 from ddpm_pipe.draws import micro_batches
 from ddpm_pipe.health import show_health
+from ddpm_pipe.hub import PushConfig, Pusher
 from ddpm_pipe.interruption import Interrupted, Interruption
 from ddpm_pipe.log import METRICS, Log
 from ddpm_pipe.objective import Objective
-from ddpm_pipe.pipeline import DDPMPipeline
-from ddpm_pipe.recipe import TrainConfig, lr_at, make_scheduler, make_unet
+from ddpm_pipe.portable import DDPMPipeline
+from ddpm_pipe.recipe import CONFIG, PLAN, TrainConfig, lr_at, make_scheduler, make_unet
 from ddpm_pipe.report import write_report
 from ddpm_pipe.schedulers import DDPMScheduler
 from ddpm_pipe.state import TrainState
 from ddpm_pipe.stream import ImageStream, stream_images
 
 __all__ = ["Interrupted", "TrainConfig", "lr_at", "train"]
-
-CONFIG = "config.yaml"
-"""The config of a run, in its folder; where it exists there is a run."""
 
 
 def train(config: TrainConfig) -> Path:
@@ -47,6 +49,18 @@ def train(config: TrainConfig) -> Path:
     """
     accelerator = make_accelerator(config)
     run = open_run(config, accelerator)
+    run_steps(config, accelerator, run)
+    if accelerator.is_main_process:
+        write_report(run)
+    # The network is gone by now and its wrapper goes here: freed after the process group it talks through, it would
+    # wait, holding the interpreter's lock, for a thread that may be waiting for that lock.
+    accelerator.free_memory()
+    accelerator.end_training()
+    return run / "pipeline"
+
+
+def run_steps(config: TrainConfig, accelerator: Accelerator, run: Path) -> None:
+    """All optimizer steps of a run, from the newest checkpoint on where it is resumed."""
     data, held_out = load_training_images(config, accelerator)
     scheduler = make_scheduler(config)
     objective = Objective(
@@ -54,11 +68,10 @@ def train(config: TrainConfig) -> Path:
     )
     state = TrainState(config, make_unet(config, data), accelerator)
     step = state.restore(run) if config.resume else 0
-    accelerator.print(f"{data.describe()}\n{state.describe()}")
-    if accelerator.is_main_process:
-        save_config(replace(config, resume=False, overwrite=False), run / CONFIG)
+    announce(config, data, state, run)
     batches = data.batches(config.batch_size, config.seed, config.flip)
     log = Log(config, accelerator, run, step)
+    pusher = Pusher(PushConfig(str(run), config.push_to or "", config.push_public))
 
     with Interruption() as interruption:
         while step < config.steps:  # Algorithm 1
@@ -83,16 +96,16 @@ def train(config: TrainConfig) -> Path:
                 if config.is_due(step, config.sample_every):
                     show_health(config, state, objective, held_out, log, step)
                 keep(config, state, scheduler, run, step, interrupted)
+                if config.is_due(step, config.push_every):
+                    pusher.push()
             if interrupted and step < config.steps:
                 accelerator.wait_for_everyone()
                 accelerator.print(f"stopped at step {step}; go on with --resume.")
                 raise Interrupted
 
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_report(run)
-    log.close()
-    return run / "pipeline"
+    log.bar.close()
+    pusher.finish()
 
 
 def keep(
@@ -173,6 +186,31 @@ def print_changes(saved: Path, config: TrainConfig) -> None:
         now = getattr(config, name, value)
         if now != value and name not in ("resume", "overwrite"):
             print(f"resumed with {name}={now!r}, was {value!r}")
+
+
+def announce(config: TrainConfig, data: ImageData | ImageStream, state: TrainState, run: Path) -> None:
+    """Print the plan, and write it and the config into the run folder."""
+    accelerator = state.accelerator
+    accelerator.print(f"{data.describe()}\n{state.describe()}")
+    if accelerator.is_main_process:
+        save_config(replace(config, resume=False, overwrite=False), run / CONFIG)
+        network, batches = state.describe().splitlines()
+        plan = {
+            "data": data.describe().splitlines()[0].split(";")[0],
+            "class_names": data.class_names if config.class_conditional else [],
+            "network": network,
+            "batches": batches,
+            "device": describe_device(accelerator.device),
+            "versions": {name: version(name) for name in ("ddpm_pipe", "torch", "diffusers")},
+        }
+        replace_text(run / PLAN, json.dumps(plan, indent=2) + "\n")
+
+
+def describe_device(device: torch.device) -> str:
+    """The name of a GPU, or the number and kind of CPU cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} {platform.machine()} CPU cores"
 
 
 def load_training_images(config: TrainConfig, accelerator: Accelerator) -> tuple[ImageData | ImageStream, ImageData]:

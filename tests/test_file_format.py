@@ -65,6 +65,7 @@ def file_format() -> dict:
             "ours": model_index(network(), DDPMScheduler()),
             "our network": model_index(network(), diffusers.DDPMScheduler()),
             "our scheduler": model_index(stock, DDIMScheduler()),
+            "our scheduler, other than the stock one": model_index(stock, DDIMScheduler(timestep_spacing="trailing")),
             "stock": model_index(stock, diffusers.DDPMScheduler()),
         },
         "config": {cls.__name__: default_config(cls) for cls in CONFIGURABLE},
@@ -107,8 +108,9 @@ ALLOWED_IMPORTS = {
     "schedulers": {"noise", "prediction"},
     "likelihood": {"noise", "schedulers"},
     "objective": {"noise", "prediction", "schedulers", "likelihood"},
-    "pipeline": {"noise", "prediction", "schedulers"},
-    "convert": {"unet", "schedulers", "pipeline"},
+    "pipeline": {"noise", "prediction"},
+    "portable": {"noise", "prediction", "schedulers", "unet", "pipeline"},
+    "convert": {"noise", "unet", "schedulers", "portable"},
     # what training stands on
     "randomness": set(),
     "data": {"randomness"},
@@ -125,8 +127,10 @@ ALLOWED_IMPORTS = {
     "state": {"checkpoint", "ema", "timesteps", "recipe"},
     "log": {"checkpoint", "recipe"},
     "report": {"log"},
-    "health": {"data", "log", "objective", "pipeline", "randomness", "recipe", "schedulers", "state"},
-    "posthoc": {"checkpoint", "ema", "pipeline"},
+    "health": {"data", "log", "objective", "portable", "randomness", "recipe", "schedulers", "state"},
+    "card": {"config", "log", "recipe"},
+    "hub": {"card"},
+    "posthoc": {"checkpoint", "ema", "portable"},
 }
 ALLOWED_IMPORTS["train"] = set(ALLOWED_IMPORTS)
 ALLOWED_IMPORTS["__init__"] = set(ALLOWED_IMPORTS)

@@ -61,7 +61,7 @@ def log(recipe, tmp_path):
     config = recipe(steps=10, log_every=4)
     log = Log(config, Accelerator(cpu=True), Path(config.output_dir), 0)
     yield log
-    log.close()
+    log.bar.close()
 
 
 def write_steps(log: Log, steps: range, **values: float) -> None:
