@@ -4,11 +4,13 @@ Images are in [-1, 1]; results are per image, in bits per dimension (one colour 
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ddpm_pipe.noise import posterior
+from ddpm_pipe.noise import posterior, signal_and_noise
 from ddpm_pipe.schedulers import DDPMScheduler
 
 
@@ -63,3 +65,69 @@ def vlb_term(
     kl = normal_kl(mean, log_variance, kernel.mean, kernel.log_variance)
     decoder = -discretized_gaussian_log_likelihood(x0, kernel.mean, kernel.log_variance)
     return torch.where(t == 0, bits(decoder), bits(kl))
+
+
+# ---------------------------------------------------------------- the whole bound
+
+
+class Bound(NamedTuple):
+    """The bound on -log p(x0) of each image and its three parts (DDPM eq. 5), bits per dimension, each (B,)."""
+
+    prior: Tensor
+    """L_T: what is left of the image at the end of the chain."""
+    transitions: Tensor
+    """L_{1:T-1}"""
+    decoder: Tensor
+    """L_0: the cost of the 8-bit values."""
+
+    @property
+    def total(self) -> Tensor:
+        """-log p(x0) is at most this."""
+        return self.prior + self.transitions + self.decoder
+
+
+def prior_term(scheduler: DDPMScheduler, x0: Tensor) -> Tensor:
+    """L_T of DDPM eq. 5: KL(q(x_T | x0) || N(0, I)) of images (B, C, H, W), bits per dimension, (B,)."""
+    signal, noise = signal_and_noise(scheduler.alpha_bar(len(scheduler) - 1), x0)
+    zero = torch.zeros_like(x0)
+    return bits(normal_kl(signal * x0, 2 * noise.log() + zero, zero, zero))
+
+
+@torch.no_grad()
+def variational_bound(
+    denoise: Callable[[Tensor, Tensor], Tensor],
+    scheduler: DDPMScheduler,
+    x0: Tensor,
+    count: int,
+    generator: torch.Generator,
+) -> Bound:
+    """An unbiased estimate of the bound, with one draw of noise per term.
+
+    Args:
+        denoise: the network as (x_t (B, C, H, W), t (B,)) -> its output.
+        scheduler: the chain, and the variance of the reverse kernel.
+        x0: images in [-1, 1] of 8-bit values, (B, C, H, W).
+        count: how many of the T - 1 terms of L_{1:T-1} are computed for each image, 1 to T - 1: one drawn from each of
+            as many equal parts of the chain.
+        generator: of timesteps and noise, on the CPU.
+
+    Raises:
+        ValueError: where `count` is not between 1 and T - 1.
+    """
+    last = len(scheduler) - 1
+    if not 1 <= count <= last:
+        raise ValueError(f"count={count} must lie between 1 and {last}, the number of transitions.")
+
+    def term(t: Tensor) -> Tensor:
+        eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0.device)
+        x_t = scheduler.add_noise(x0, eps, t)
+        return vlb_term(scheduler, denoise(x_t, t), x0, x_t, t)
+
+    batch = (len(x0),)
+    decoder = term(torch.zeros(batch, dtype=torch.long, device=x0.device))
+    transitions = torch.zeros_like(decoder)
+    for k in range(count):
+        low, high = 1 + k * last // count, 1 + (k + 1) * last // count
+        t = torch.randint(low, high, batch, generator=generator).to(x0.device)
+        transitions += (high - low) * term(t)
+    return Bound(prior_term(scheduler, x0), transitions, decoder)

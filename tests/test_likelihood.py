@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
-from ddpm_pipe.likelihood import bits, discretized_gaussian_log_likelihood, normal_kl, vlb_term
+from ddpm_pipe.likelihood import (
+    bits,
+    discretized_gaussian_log_likelihood,
+    normal_kl,
+    prior_term,
+    variational_bound,
+    vlb_term,
+)
 from ddpm_pipe.prediction import PREDICTIONS
 from ddpm_pipe.schedulers import DDPMScheduler
 
@@ -343,3 +350,54 @@ def test_a_fixed_variance_costs_its_divergence_from_the_exact_kernel(variance_ty
 def test_the_large_variance_is_exact_for_data_of_unit_variance():
     """DDPM, section 3.2."""
     assert_close(optimal_terms("fixed_large", "epsilon", 1.0)[1:], -information(1.0).diff(), rtol=1e-9, atol=1e-12)
+
+
+def gaussian_pixels(count: int, seed: int = 0) -> Tensor:
+    """8-bit images (count, 1, 8, 8) with pixels from N(MEAN, SIGMA^2)."""
+    pixels = MEAN + SIGMA * images(count, 1, 8, 8, seed=seed)
+    return ((pixels + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
+
+
+def best_denoiser(prediction_type: str, variance_type: str):
+    """The network that knows the data, with the best learned variance or none."""
+
+    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+        alpha_bar = column(ALPHA_BAR[t])
+        gain = SIGMA**2 * alpha_bar.sqrt() / (alpha_bar * SIGMA**2 + 1 - alpha_bar)
+        output = network_output(prediction_type, MEAN + gain * (x_t - alpha_bar.sqrt() * MEAN), x_t, t)
+        if variance_type == "learned":
+            output = torch.cat([output, column(best_variances(SIGMA)[2][t]).expand_as(output)], 1)
+        return output
+
+    return denoise
+
+
+def test_the_prior_term_is_the_divergence_of_the_end_of_the_chain():
+    x0 = gaussian_pixels(3)
+    end = Normal(ALPHA_BAR[-1].sqrt() * x0, (1 - ALPHA_BAR[-1]).sqrt())
+    expected = kl_divergence(end, Normal(torch.zeros_like(x0), 1.0)).flatten(1).mean(1) / math.log(2)
+    assert_close(prior_term(chain(), x0), expected, **EXACT)
+
+
+@pytest.mark.parametrize("count", [1, 3, STEPS - 1])
+@pytest.mark.parametrize(("variance_type", "prediction_type"), [("fixed_small", "epsilon"), ("learned", "sample")])
+def test_the_estimated_bound_is_that_of_gaussian_data(variance_type, prediction_type, count):
+    """Each part within five standard errors of its closed form, with all terms or one of each stratum."""
+    scheduler = chain(variance_type=variance_type, prediction_type=prediction_type, clip_sample=False)
+    x0 = gaussian_pixels(4000)
+    bound = variational_bound(
+        best_denoiser(prediction_type, variance_type), scheduler, x0, count, torch.Generator().manual_seed(1)
+    )
+    terms = optimal_terms(variance_type, prediction_type) / math.log(2)
+    level = ALPHA_BAR[-1]
+    prior = 0.5 * (level * (SIGMA**2 + MEAN**2) - level - torch.log1p(-level)) / math.log(2)
+    for part, expected in ((bound.prior, prior), (bound.transitions, terms[1:].sum()), (bound.decoder, terms[0])):
+        error = part.std() / len(part) ** 0.5
+        assert abs(part.mean() - expected) < 5 * error and error < 0.05
+    assert_close(bound.total, bound.prior + bound.transitions + bound.decoder)
+
+
+@pytest.mark.parametrize("count", [0, STEPS])
+def test_a_number_of_terms_that_cannot_be_is_refused(count):
+    with pytest.raises(ValueError, match=rf"count={count} must lie between 1 and {STEPS - 1}"):
+        variational_bound(lambda x_t, t: x_t, chain(), gaussian_pixels(1), count, torch.Generator())
