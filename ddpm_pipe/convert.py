@@ -1,55 +1,315 @@
-"""Checkpoints of other projects, renamed to ours."""
+"""Checkpoints of other projects, converted to pipelines of this package.
 
+A checkpoint is recognised by the names in it: `FAMILIES` has a row for each kind. Files are read as plain tensors, and
+none of their code runs.
+"""
+
+import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import diffusers
+import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-# name in the reference implementation -> ours, applied in order
-_REFERENCE_NAMES = [
-    (r"^init_conv\.", "conv_in."),
-    (r"^final_conv\.", "conv_out."),
-    (r"^final_res_block\.", "resnet_out."),
-    (r"^time_mlp\.0\.weights$", "time_proj.weight"),
-    (r"^time_mlp\.1\.", "time_embedding.linear_1."),
-    (r"^time_mlp\.3\.", "time_embedding.linear_2."),
-    (r"^mid_block(\d)\.", r"mid_resnet_\1."),
-    (r"^mid_attn\.", "mid_attention."),
-    (r"^(down|up)s\.(\d+)\.([01])\.", r"\1_blocks.\2.resnets.\3."),
-    (r"^(down|up)s\.(\d+)\.2\.", r"\1_blocks.\2.attention."),
-    (r"^downs\.(\d+)\.3\.", r"down_blocks.\1.downsample."),
-    (r"^ups\.(\d+)\.3\.(1\.)?", r"up_blocks.\1.upsample."),
-    (r"\.mlp\.1\.", ".time_emb_proj."),
-    (r"\.block(\d)\.proj\.", r".conv\1."),
-    (r"\.block(\d)\.norm\.(weight|gamma)$", r".norm\1.weight"),
-    (r"\.block(\d)\.norm\.(bias|beta)$", r".norm\1.bias"),
-    (r"\.res_conv\.", ".conv_shortcut."),
-    (r"\.fn\.fn\.to_out\.0\.", ".attention.to_out."),
-    (r"\.fn\.fn\.to_out\.1\.g$", ".attention.norm_out.weight"),
-    (r"\.fn\.fn\.", ".attention."),
-    (r"\.fn\.norm\.g$", ".norm.weight"),
-]
+from ddpm_pipe import foreign
+from ddpm_pipe.checkpoint import replace_folder
+from ddpm_pipe.foreign import from_reference
+from ddpm_pipe.noise import check_choice, make_betas, snr
+from ddpm_pipe.portable import DDPMPipeline
+from ddpm_pipe.schedulers import DDIMScheduler, DDPMScheduler
+
+__all__ = ["ConvertConfig", "convert", "from_reference"]
+
+FILE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+
+OBJECTIVES = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
+"""What lucidrains' package calls it -> `prediction_type`."""
+
+SCHEDULES = {"linear": "linear_rescaled", "cosine": "squaredcos_cap_v2"}
+"""What improved-diffusion calls it -> `beta_schedule`."""
+
+CHOICES: dict[str, Collection[str]] = {
+    "weights": ("ema", "raw"),
+    "objective": OBJECTIVES,
+    "beta_schedule": SCHEDULES,
+    "variance_type": ("fixed_large", "fixed_small"),
+}
 
 
-_OURS = ("conv_", "resnet_out.", "time_", "mid_resnet_", "mid_attention.", "down_blocks.", "up_blocks.")
+@dataclass
+class ConvertConfig:
+    """What to convert, and what its file does not say."""
+
+    source: str = field(metadata={"help": "a checkpoint file, or a folder or Hub id of a pipeline of diffusers"})
+    output_dir: str = field(metadata={"help": "a new folder for the pipeline"})
+    image_size: list[int] | None = field(
+        default=None, metadata={"help": "size, or height and width, of the images; needed for files"}
+    )
+    weights: str | None = field(
+        default=None, metadata={"help": "ema (the average) or raw; by default the average where the file has one"}
+    )
+    objective: str | None = field(
+        default=None,
+        metadata={
+            "help": "pred_noise, pred_x0 or pred_v; told by the file of denoising-diffusion-pytorch 1.5 and later"
+        },
+    )
+    version: str | None = field(
+        default=None,
+        metadata={"help": "of denoising-diffusion-pytorch, where the file is from before 1.8 and lacks it"},
+    )
+    num_heads: int | None = field(default=None, metadata={"help": "attention heads, where the shapes do not tell"})
+    head_dim: int | None = field(default=None, metadata={"help": "num_head_channels of guided-diffusion"})
+    norm_num_groups: int | None = field(default=None, metadata={"help": "groups of a GroupNorm, where not the usual"})
+    timesteps: int | None = field(default=None, metadata={"help": "T; needed where the file has weights only"})
+    beta_schedule: str | None = field(
+        default=None, metadata={"help": "linear or cosine; needed where the file has weights only"}
+    )
+    variance_type: str = field(
+        default="fixed_large", metadata={"help": "fixed_large or fixed_small, of a file that has weights only"}
+    )
+    rescale_timesteps: bool = field(
+        default=False, metadata={"help": "improved-diffusion's: the network is shown t * 1000 / T"}
+    )
+    new_attention_order: bool = field(default=False, metadata={"help": "guided-diffusion's use_new_attention_order"})
+
+    def __post_init__(self):
+        """Check the values.
+
+        Raises:
+            ValueError: for one that is unknown or too small, naming it.
+        """
+        for name, accepted in CHOICES.items():
+            if getattr(self, name) is not None:
+                check_choice(name, getattr(self, name), accepted)
+        for name in ("num_heads", "head_dim", "norm_num_groups", "timesteps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.image_size is not None and (len(self.image_size) not in (1, 2) or min(self.image_size) < 1):
+            raise ValueError(f"image_size={self.image_size} must be a size, or a height and a width, of at least 1.")
+
+    def needed(self, name: str) -> Any:
+        """A value that the file does not tell.
+
+        Raises:
+            ValueError: where it is not given.
+        """
+        value = getattr(self, name)
+        if value is None:
+            choices = f", one of {', '.join(CHOICES[name])}" if name in CHOICES else ""
+            raise ValueError(f"{name} must be given{choices}: the file does not tell it.")
+        return value
+
+    @property
+    def sample_size(self) -> int | tuple[int, int]:
+        """`image_size`, as a network's config has it."""
+        size = self.needed("image_size")
+        return size[0] if len(size) == 1 else tuple(size)
 
 
-def from_reference(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of the reference implementation's Unet -> state dict of `DDPMUNet2DModel`.
+# ---------------------------------------------------------------- reading
 
-    Args:
-        state_dict: names as in the reference, PyTorch layout; a norm may say gamma / beta or weight / bias.
+
+def _read(path: Path) -> Any:
+    """What a file holds, all of it plain tensors, numbers, strings and containers."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        raise ValueError(
+            f"source={str(path)!r} is not read: torch.load(weights_only=True) refuses a file that is damaged or holds "
+            "more than tensors and plain values, whose code could do anything."
+        ) from error
+
+
+def _weights(loaded: Any, which: str | None) -> dict[str, Tensor]:
+    """The averaged or the raw state dict in what a training script saved."""
+    raw, average = loaded, None
+    if isinstance(loaded, list) and loaded:  # DDIM's: weights, optimizer, epoch, step, average
+        raw, average = loaded[0], loaded[4] if len(loaded) > 4 else None
+    elif isinstance(loaded, Mapping) and isinstance(loaded.get("model"), Mapping):  # lucidrains' Trainer
+        prefix = "ema_model."
+        ema = loaded.get("ema") or {}
+        average = {name.removeprefix(prefix): value for name, value in ema.items() if name.startswith(prefix)}
+        raw = loaded["model"]
+    if which == "ema" and not average:
+        raise ValueError("weights='ema': the file holds one set of weights only; leave weights away.")
+    chosen = raw if which == "raw" or not average else average
+    if not isinstance(chosen, Mapping):
+        return {}
+    return {name.removeprefix("module."): value for name, value in chosen.items() if isinstance(value, Tensor)}
+
+
+# ---------------------------------------------------------------- lucidrains' denoising-diffusion-pytorch
+
+
+def _objective_of(loss_weight: Tensor, alpha_bar: Tensor) -> str | None:
+    """The objective whose loss weights these are: its own factor of min(snr, gamma); None where none fits."""
+    ratio = snr(alpha_bar)
+    factors = {"pred_noise": 1 / ratio, "pred_x0": torch.ones_like(ratio), "pred_v": 1 / (ratio + 1)}
+    for objective, factor in factors.items():
+        clipped = loss_weight.double() / factor
+        if torch.allclose(clipped, ratio.clamp(max=clipped.max()), rtol=1e-3):
+            return objective
+    return None
+
+
+def _lucidrains_scheduler(buffers: Mapping[str, Tensor], objective: str | None, learned: bool) -> DDPMScheduler:
+    """GaussianDiffusion's sampler: clipped x0, and the posterior's variance or a learned one."""
+    betas = buffers["betas"].double()
+    if learned:  # LearnedGaussianDiffusion always predicts the noise
+        objective = objective or "pred_noise"
+        if objective != "pred_noise":
+            raise ValueError(f"objective={objective!r} is not that of a network with learned variance; use pred_noise.")
+    elif objective is None and "loss_weight" in buffers:
+        objective = _objective_of(buffers["loss_weight"], torch.cumprod(1 - betas, 0))
+    if objective is None:
+        raise ValueError(f"objective must be given, one of {', '.join(OBJECTIVES)}: the loss weights do not tell it.")
+    noise: dict[str, Any] = {"trained_betas": betas.tolist()}
+    for name in ("linear_rescaled", "squaredcos_cap_v2"):
+        if torch.allclose(betas, make_betas(name, len(betas)), rtol=1e-6, atol=0):
+            noise = {"beta_schedule": name}
+    return DDPMScheduler(
+        num_train_timesteps=len(betas),
+        prediction_type=OBJECTIVES[objective],
+        variance_type="learned_range" if learned else "fixed_small",
+        timestep_spacing="trailing",
+        **noise,
+    )
+
+
+def _convert_lucidrains(weights: dict[str, Tensor], version: str | None, config: ConvertConfig) -> DDPMPipeline:
+    buffers = {name: value for name, value in weights.items() if "." not in name}
+    if "betas" not in buffers:
+        raise ValueError(
+            "the file has no `betas`: of denoising-diffusion-pytorch, a GaussianDiffusion can be converted, not its "
+            "Unet alone, and not what is trained in continuous time."
+        )
+    network = foreign.lucidrains_network(
+        {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")},
+        sample_size=config.sample_size,
+        version=version or config.version,
+        num_heads=config.num_heads,
+        norm_num_groups=config.norm_num_groups,
+    )
+    learned = network.config.out_channels == 2 * network.config.in_channels
+    return DDPMPipeline(network, _lucidrains_scheduler(buffers, config.objective, learned))
+
+
+# ---------------------------------------------------------------- files that hold weights only
+
+
+def _scheduler_from_flags(config: ConvertConfig, network: diffusers.UNet2DModel) -> DDPMScheduler:
+    """The sampler of a network whose file says nothing of the diffusion it was trained for."""
+    learned = network.config.out_channels == 2 * network.config.in_channels
+    return DDPMScheduler(
+        num_train_timesteps=config.needed("timesteps"),
+        beta_schedule=SCHEDULES[config.needed("beta_schedule")],
+        prediction_type=OBJECTIVES[config.needed("objective")],
+        variance_type="learned_range" if learned else config.variance_type,
+    )
+
+
+def _convert_improved(weights: dict[str, Tensor], version: str | None, config: ConvertConfig) -> DDPMPipeline:
+    timesteps = config.needed("timesteps")
+    network = foreign.improved_network(
+        weights,
+        sample_size=config.sample_size,
+        num_heads=config.num_heads,
+        head_dim=config.head_dim,
+        norm_num_groups=config.norm_num_groups,
+        new_attention_order=config.new_attention_order,
+        scaled_timesteps=timesteps if config.rescale_timesteps and timesteps != 1000 else None,
+    )
+    return DDPMPipeline(network, _scheduler_from_flags(config, network))
+
+
+def _convert_ho(weights: dict[str, Tensor], version: str | None, config: ConvertConfig) -> DDPMPipeline:
+    network = foreign.ho_network(weights, config.sample_size, config.norm_num_groups)
+    return DDPMPipeline(network, _scheduler_from_flags(config, network))
+
+
+# ---------------------------------------------------------------- pipelines of diffusers
+
+
+def _convert_diffusers(source: str) -> DDPMPipeline:
+    """A stock DDPM or DDIM pipeline with the schedulers of this package: google/ddpm-* are such."""
+    stock = diffusers.DDPMPipeline.from_pretrained(source)
+    ours = {diffusers.DDPMScheduler: DDPMScheduler, diffusers.DDIMScheduler: DDIMScheduler}
+    if type(stock.unet) is not diffusers.UNet2DModel or type(stock.scheduler) not in ours:
+        raise ValueError(
+            f"source={source!r} has {type(stock.unet).__name__} and {type(stock.scheduler).__name__}; UNet2DModel with "
+            "DDPMScheduler or DDIMScheduler can be converted."
+        )
+    scheduler = ours[type(stock.scheduler)].from_config(stock.scheduler.config)
+    return DDPMPipeline(stock.unet, scheduler)
+
+
+# ---------------------------------------------------------------- the command
+
+
+class Family(NamedTuple):
+    """One kind of checkpoint."""
+
+    mark: str
+    """Pattern of a name that its state dict has."""
+    convert: Callable[[dict[str, Tensor], str | None, ConvertConfig], DDPMPipeline]
+    """(state dict, version in the file, config) -> pipeline."""
+    assumed: str
+    """What neither the file nor a flag tells."""
+
+
+FAMILIES = {
+    "denoising-diffusion-pytorch": Family(
+        r"(model\.)?init_conv\.weight",
+        _convert_lucidrains,
+        "auto_normalize=True and sinusoidal_pos_emb_theta=10000",
+    ),
+    "improved-diffusion or guided-diffusion": Family(
+        r"input_blocks\.0\.0\.weight", _convert_improved, "num_heads_upsample as num_heads"
+    ),
+    "DDPM's PyTorch ports": Family(r"down\.0\.block\.0\.conv1\.weight", _convert_ho, "nothing else"),
+}
+
+
+def _convert_file(path: Path, config: ConvertConfig) -> tuple[str, DDPMPipeline]:
+    """The family of a checkpoint and its pipeline."""
+    loaded = _read(path)
+    weights = _weights(loaded, config.weights)
+    version = loaded.get("version") if isinstance(loaded, Mapping) else None
+    for name, family in FAMILIES.items():
+        if any(re.fullmatch(family.mark, weight) for weight in weights):
+            try:
+                return name, family.convert(weights, version, config)
+            except KeyError as error:
+                raise ValueError(f"the checkpoint lacks the weight {error}.") from error
+    raise ValueError(f"source={config.source!r} holds no network of {', '.join(FAMILIES)}, by the names in it.")
+
+
+def convert(config: ConvertConfig) -> DDPMPipeline:
+    """Convert a checkpoint, write it as a pipeline folder and print what it was.
 
     Raises:
-        ValueError: for a name that no rule maps.
+        ValueError: for an unknown file, an option that cannot be converted or a setting that is missing, naming it.
     """
-    renamed = {}
-    for name, tensor in state_dict.items():
-        ours = name
-        for pattern, replacement in _REFERENCE_NAMES:
-            ours = re.sub(pattern, replacement, ours)
-        if not ours.startswith(_OURS):
-            raise ValueError(f"the reference network has no weight named {name!r}.")
-        is_gain = ours.endswith((".norm.weight", ".norm_out.weight"))
-        renamed[ours] = tensor.flatten() if is_gain else tensor
-    return renamed
+    out, path = Path(config.output_dir), Path(config.source)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"output_dir={config.output_dir!r} is not empty; name a new folder.")
+    if path.suffix in FILE_SUFFIXES and not path.exists():
+        raise ValueError(f"source={config.source!r} does not exist.")
+    if path.is_file():
+        family, pipeline = _convert_file(path, config)
+        what = f"{family}, assumed {FAMILIES[family].assumed}"
+    else:
+        what, pipeline = "a pipeline of diffusers", _convert_diffusers(config.source)
+    replace_folder(out, pipeline.save_pretrained)
+    scheduler = pipeline.scheduler.config
+    steps = f"{scheduler.num_train_timesteps} timesteps, {scheduler.prediction_type}"
+    print(f"{out}: {type(pipeline.unet).__name__}, {steps}; converted from {what}")
+    return pipeline

@@ -7,6 +7,7 @@ time embedding `temb` is (B, D).
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -65,41 +66,7 @@ class TimeMLP(nn.Module):
         return self.linear_2(F.gelu(self.linear_1(embedded)))
 
 
-# ---------------------------------------------------------------- convolution blocks
-
-
-class WeightStandardizedConv2d(nn.Conv2d):
-    """A convolution whose filters are brought to zero mean and unit variance (Qiao et al. 2019)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.float()
-        variance, mean = torch.var_mean(weight, dim=(1, 2, 3), correction=0, keepdim=True)
-        weight = (weight - mean) * (variance + 1e-5).rsqrt()
-        return self._conv_forward(x, weight.to(self.weight.dtype), self.bias)
-
-
-class ResnetBlock(nn.Module):
-    """Two times convolution, GroupNorm, SiLU, with the time's scale and shift in the first, around a skip."""
-
-    def __init__(self, in_ch: int, out_ch: int, temb_dim: int, groups: int, dropout: float, standardize: bool):
-        super().__init__()
-        conv = WeightStandardizedConv2d if standardize else nn.Conv2d
-        self.time_emb_proj = nn.Linear(temb_dim, 2 * out_ch)
-        self.conv1 = conv(in_ch, out_ch, 3, padding=1)
-        self.norm1 = nn.GroupNorm(groups, out_ch)
-        self.dropout = nn.Dropout(dropout)
-        self.conv2 = conv(out_ch, out_ch, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, out_ch)
-        self.conv_shortcut = nn.Conv2d(in_ch, out_ch, 1) if in_ch != out_ch else nn.Identity()
-
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        scale, shift = self.time_emb_proj(F.silu(temb))[:, :, None, None].chunk(2, dim=1)
-        h = F.silu(self.norm1(self.conv1(x)) * (scale + 1) + shift)
-        h = F.silu(self.norm2(self.conv2(self.dropout(h))))
-        return h + self.conv_shortcut(x)
-
-
-# ---------------------------------------------------------------- attention
+# ---------------------------------------------------------------- norms
 
 
 class ChannelLayerNorm(nn.Module):
@@ -114,12 +81,103 @@ class ChannelLayerNorm(nn.Module):
         return normed.permute(0, 3, 1, 2)
 
 
+class ChannelRMSNorm(nn.Module):
+    """The channels of each pixel divided by their root mean square, with a gain (Zhang & Sennrich 2019)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1) * (self.weight * x.shape[1] ** 0.5)[:, None, None]
+
+
+RESNET_NORMS: dict[str, Callable[[int, int], nn.Module]] = {
+    "group": nn.GroupNorm,
+    "rms": lambda groups, channels: ChannelRMSNorm(channels),
+}
+"""(groups, channels) -> the norm after each convolution of a ResNet block."""
+
+ATTENTION_NORMS: dict[str, Callable[[int], nn.Module]] = {"layer": ChannelLayerNorm, "rms": ChannelRMSNorm}
+
+
+# ---------------------------------------------------------------- convolution blocks
+
+
+class WeightStandardizedConv2d(nn.Conv2d):
+    """A convolution whose filters are brought to zero mean and unit variance (Qiao et al. 2019)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.float()
+        variance, mean = torch.var_mean(weight, dim=(1, 2, 3), correction=0, keepdim=True)
+        weight = (weight - mean) * (variance + 1e-5).rsqrt()
+        return self._conv_forward(x, weight.to(self.weight.dtype), self.bias)
+
+
+class ResnetBlock(nn.Module):
+    """Two times convolution, norm, SiLU, with the time's scale and shift in the first, around a skip."""
+
+    def __init__(
+        self,
+        in_ch: int,
+        out_ch: int,
+        temb_dim: int,
+        norm: Callable[[int], nn.Module],
+        dropout: float,
+        standardize: bool,
+    ):
+        super().__init__()
+        conv = WeightStandardizedConv2d if standardize else nn.Conv2d
+        self.time_emb_proj = nn.Linear(temb_dim, 2 * out_ch)
+        self.conv1 = conv(in_ch, out_ch, 3, padding=1)
+        self.norm1 = norm(out_ch)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = conv(out_ch, out_ch, 3, padding=1)
+        self.norm2 = norm(out_ch)
+        self.conv_shortcut = nn.Conv2d(in_ch, out_ch, 1) if in_ch != out_ch else nn.Identity()
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        scale, shift = self.time_emb_proj(F.silu(temb))[:, :, None, None].chunk(2, dim=1)
+        h = F.silu(self.norm1(self.conv1(x)) * (scale + 1) + shift)
+        h = F.silu(self.norm2(self.conv2(self.dropout(h))))
+        return h + self.conv_shortcut(x)
+
+
+class PixelUnshuffleConv2d(nn.Conv2d):
+    """Half the resolution by moving each 2x2 square of pixels into the channels; of an odd size the last is dropped."""
+
+    def __init__(self, in_ch: int, out_ch: int):
+        super().__init__(4 * in_ch, out_ch, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = (size - size % 2 for size in x.shape[-2:])
+        return super().forward(F.pixel_unshuffle(x[..., :height, :width], 2))
+
+
+DOWNSAMPLES: dict[str, Callable[[int, int], nn.Module]] = {
+    "conv": lambda in_ch, out_ch: nn.Conv2d(in_ch, out_ch, 4, 2, 1),
+    "pixel_unshuffle": PixelUnshuffleConv2d,
+}
+
+
+# ---------------------------------------------------------------- attention
+
+
+def _with_memory(k: Tensor, v: Tensor, mem_kv: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, heads, ...) of the pixels behind learned ones that every image has, along `dim`."""
+    if mem_kv is None:
+        return k, v
+    mem_k, mem_v = mem_kv.unsqueeze(1).expand(-1, len(k), -1, -1, -1)
+    return torch.cat([mem_k, k], dim), torch.cat([mem_v, v], dim)
+
+
 class FullAttention(nn.Module):
     """Softmax attention between all pixels: cost grows with the square of H * W."""
 
-    def __init__(self, channels: int, heads: int, head_dim: int):
+    def __init__(self, channels: int, heads: int, head_dim: int, num_mem_kv: int = 0):
         super().__init__()
         self.heads = heads
+        self.mem_kv = nn.Parameter(torch.randn(2, heads, num_mem_kv, head_dim)) if num_mem_kv else None
         self.to_qkv = nn.Conv2d(channels, 3 * heads * head_dim, 1, bias=False)
         self.to_out = nn.Conv2d(heads * head_dim, channels, 1)
 
@@ -127,26 +185,41 @@ class FullAttention(nn.Module):
         height, width = x.shape[-2:]
         qkv = self.to_qkv(x).unflatten(1, (3, self.heads, -1)).flatten(-2).transpose(-1, -2)
         q, k, v = qkv.unbind(1)  # (B, heads, H * W, head_dim)
+        k, v = _with_memory(k, v, self.mem_kv, dim=-2)
         out = F.scaled_dot_product_attention(q, k, v)
         return self.to_out(out.transpose(-1, -2).flatten(1, 2).unflatten(-1, (height, width)))
 
 
 class LinearAttention(nn.Module):
-    """Attention with separate softmaxes of queries and keys (Shen et al. 2021): cost grows with H * W."""
+    """Attention with separate softmaxes of queries and keys (Shen et al. 2021): cost grows with H * W.
 
-    def __init__(self, channels: int, heads: int, head_dim: int):
+    The values are divided by H * W, or not where `mean` is False.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        head_dim: int,
+        num_mem_kv: int = 0,
+        norm: Callable[[int], nn.Module] = ChannelLayerNorm,
+        mean: bool = True,
+    ):
         super().__init__()
-        self.heads, self.scale = heads, head_dim**-0.5
+        self.heads, self.scale, self.mean = heads, head_dim**-0.5, mean
+        self.mem_kv = nn.Parameter(torch.randn(2, heads, head_dim, num_mem_kv)) if num_mem_kv else None
         self.to_qkv = nn.Conv2d(channels, 3 * heads * head_dim, 1, bias=False)
         self.to_out = nn.Conv2d(heads * head_dim, channels, 1)
-        self.norm_out = ChannelLayerNorm(channels)
+        self.norm_out = norm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         q, k, v = self.to_qkv(x).unflatten(1, (3, self.heads, -1)).flatten(-2).unbind(1)  # (B, heads, head_dim, H * W)
+        k, v = _with_memory(k, v, self.mem_kv, dim=-1)
         q = q.softmax(dim=-2) * self.scale
         k = k.softmax(dim=-1)
-        context = (v / (height * width)) @ k.transpose(-1, -2)
+        v = v / (height * width) if self.mean else v
+        context = v @ k.transpose(-1, -2)
         out = (context @ q).flatten(1, 2).unflatten(-1, (height, width))
         return self.norm_out(self.to_out(out))
 
@@ -154,16 +227,21 @@ class LinearAttention(nn.Module):
 class AttentionBlock(nn.Module):
     """Attention behind a norm and around a skip."""
 
-    def __init__(self, attention: nn.Module, channels: int):
+    def __init__(self, attention: nn.Module, norm: nn.Module):
         super().__init__()
-        self.norm = ChannelLayerNorm(channels)
+        self.norm = norm
         self.attention = attention
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.attention(self.norm(x))
 
 
-ATTENTIONS = {"linear": LinearAttention, "full": FullAttention}
+ATTENTIONS: dict[str, Callable[..., nn.Module]] = {
+    "linear": LinearAttention,
+    "linear_sum": partial(LinearAttention, mean=False),
+    "full": lambda channels, heads, head_dim, num_mem_kv, norm: FullAttention(channels, heads, head_dim, num_mem_kv),
+}
+"""(channels, heads, head_dim, num_mem_kv, norm) -> attention of images (B, C, H, W)."""
 
 
 # ---------------------------------------------------------------- levels
@@ -172,11 +250,11 @@ ATTENTIONS = {"linear": LinearAttention, "full": FullAttention}
 class DownLevel(nn.Module):
     """ResNet blocks and attention at one resolution, then halve it. Returns also the activation after each block."""
 
-    def __init__(self, resnets: Sequence[nn.Module], attention: nn.Module, in_ch: int, out_ch: int, last: bool):
+    def __init__(self, resnets: Sequence[nn.Module], attention: nn.Module, downsample: nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
         self.attention = attention
-        self.downsample = nn.Conv2d(in_ch, out_ch, 3, padding=1) if last else nn.Conv2d(in_ch, out_ch, 4, 2, 1)
+        self.downsample = downsample
 
     def forward(self, x: Tensor, temb: Tensor) -> tuple[Tensor, list[Tensor]]:
         skips = []
@@ -217,12 +295,20 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
         in_channels, out_channels: channels of the noisy image and of the output; with learned variance the output has
             twice the channels of the image.
         block_out_channels: channels after each level; its length is the number of resolutions.
+        stem_channels: channels of the first convolution and of the last block; None is block_out_channels[0].
         layers_per_block: ResNet blocks per level, on the way down and again on the way up.
+        norm_type: norm of the ResNet blocks, "group" or "rms" (over the channels of each pixel).
         norm_num_groups: groups of each GroupNorm; must divide every width.
-        attention_types: per level "linear", "full" or "none"; one value for all, or one per level from the highest
-            resolution down.
+        downsample_type: "conv" (4x4, stride 2) or "pixel_unshuffle" (2x2 squares into channels, then 1x1).
+        attention_types: per level "linear", "linear_sum" (linear, but values are not divided by the number of pixels),
+            "full" or "none"; one value for all, or one per level from the highest resolution down.
         mid_attention_type: the same for the middle.
-        num_attention_heads, attention_head_dim: of every attention.
+        attention_norm_type: norm before each attention and after linear ones, "layer" or "rms".
+        num_attention_heads, attention_head_dim: of every attention; one value for all, or one per level, of which the
+            middle takes the last.
+        num_mem_kv: learned keys and values that each attention has beside those of the pixels.
+        time_embedding_dim: width of the embedded timestep, of which the time MLP makes four times as many; None is
+            stem_channels.
         time_embedding_type: "positional" (sinusoidal), "learned_fourier" or "random_fourier".
         weight_standardization: standardise the filters of the ResNet blocks.
         dropout: probability in [0, 1), inside each ResNet block.
@@ -248,86 +334,123 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
         norm_num_groups: int = 8,
         attention_types: str | tuple[str, ...] = "linear",
         mid_attention_type: str = "full",
-        num_attention_heads: int = 4,
-        attention_head_dim: int = 32,
+        num_attention_heads: int | tuple[int, ...] = 4,
+        attention_head_dim: int | tuple[int, ...] = 32,
         time_embedding_type: str = "positional",
         weight_standardization: bool = True,
         dropout: float = 0.0,
         num_class_embeds: int | None = None,
         self_condition: bool = False,
+        norm_type: str = "group",
+        attention_norm_type: str = "layer",
+        num_mem_kv: int = 0,
+        downsample_type: str = "conv",
+        stem_channels: int | None = None,
+        time_embedding_dim: int | None = None,
     ):
         super().__init__()
+        self._check()
         levels = len(block_out_channels)
-        if isinstance(attention_types, str):
-            attention_types = (attention_types,) * levels
-        self._check(attention_types)
-        width = block_out_channels[0]
-        temb_dim = 4 * width
-        self.time_proj = TIME_EMBEDDINGS[time_embedding_type](width)
+        kinds = self._per_level("attention_types")
+        heads = list(zip(self._per_level("num_attention_heads"), self._per_level("attention_head_dim")))
+        width = block_out_channels[0] if stem_channels is None else stem_channels
+        time_dim = width if time_embedding_dim is None else time_embedding_dim
+        temb_dim = 4 * time_dim
+        self.time_proj = TIME_EMBEDDINGS[time_embedding_type](time_dim)
         self.time_embedding = TimeMLP(self.time_proj.dim, temb_dim)
         self.class_embedding = None if num_class_embeds is None else nn.Embedding(num_class_embeds + 1, temb_dim)
 
-        def resnet(in_ch: int, out_ch: int) -> ResnetBlock:
-            return ResnetBlock(in_ch, out_ch, temb_dim, norm_num_groups, dropout, weight_standardization)
+        resnet_norm = partial(RESNET_NORMS[norm_type], norm_num_groups)
+        attention_norm = ATTENTION_NORMS[attention_norm_type]
 
-        def attention(kind: str, channels: int) -> nn.Module:
+        def resnet(in_ch: int, out_ch: int) -> ResnetBlock:
+            return ResnetBlock(in_ch, out_ch, temb_dim, resnet_norm, dropout, weight_standardization)
+
+        def attention(kind: str, channels: int, level: int) -> nn.Module:
             if kind == "none":
                 return nn.Identity()
-            return AttentionBlock(ATTENTIONS[kind](channels, num_attention_heads, attention_head_dim), channels)
+            inner = ATTENTIONS[kind](channels, *heads[level], num_mem_kv, attention_norm)
+            return AttentionBlock(inner, attention_norm(channels))
 
         self.conv_in = nn.Conv2d(in_channels * (2 if self_condition else 1), width, 7, padding=3)
 
         level_in = (width, *block_out_channels[:-1])
         self.down_blocks = nn.ModuleList()
         self.up_blocks = nn.ModuleList()
-        for i, (in_ch, out_ch, kind) in enumerate(zip(level_in, block_out_channels, attention_types, strict=True)):
+        for i, (in_ch, out_ch, kind) in enumerate(zip(level_in, block_out_channels, kinds, strict=True)):
             down = [resnet(in_ch, in_ch) for _ in range(layers_per_block)]
-            self.down_blocks.append(DownLevel(down, attention(kind, in_ch), in_ch, out_ch, last=i == levels - 1))
+            last = i == levels - 1
+            after = nn.Conv2d(in_ch, out_ch, 3, padding=1) if last else DOWNSAMPLES[downsample_type](in_ch, out_ch)
+            self.down_blocks.append(DownLevel(down, attention(kind, in_ch, i), after))
             up = [resnet(out_ch + in_ch, out_ch) for _ in range(layers_per_block)]
-            self.up_blocks.insert(0, UpLevel(up, attention(kind, out_ch), out_ch, in_ch))
+            self.up_blocks.insert(0, UpLevel(up, attention(kind, out_ch, i), out_ch, in_ch))
 
         mid = block_out_channels[-1]
         self.mid_resnet_1 = resnet(mid, mid)
-        self.mid_attention = attention(mid_attention_type, mid)
+        self.mid_attention = attention(mid_attention_type, mid, -1)
         self.mid_resnet_2 = resnet(mid, mid)
 
         self.resnet_out = resnet(2 * width, width)
         self.conv_out = nn.Conv2d(width, out_channels, 1)
         self.gradient_checkpointing = False
 
-    def _check(self, attention_types: tuple[str, ...]) -> None:
+    def _per_level(self, name: str) -> tuple:
+        """A config value as one entry per level."""
+        value, levels = self.config[name], len(self.config.block_out_channels)
+        if isinstance(value, (str, int)):
+            return (value,) * levels
+        if len(value) != levels:
+            raise ValueError(f"{name} has {len(value)} entries for {levels} levels; give one or {levels}.")
+        return tuple(value)
+
+    def _check(self) -> None:
         """Raise one sentence where the config cannot make a network."""
         config = self.config
-        levels = len(config.block_out_channels)
-        if config.time_embedding_type not in TIME_EMBEDDINGS:
-            accepted = ", ".join(TIME_EMBEDDINGS)
-            raise ValueError(f"time_embedding_type={config.time_embedding_type!r} is unknown; use one of {accepted}.")
-        for name, kinds in (("attention_types", attention_types), ("mid_attention_type", (config.mid_attention_type,))):
-            unknown = set(kinds) - {*ATTENTIONS, "none"}
-            if unknown:
-                raise ValueError(f"{name}={unknown.pop()!r} is unknown; use one of {', '.join(ATTENTIONS)}, none.")
-        if len(attention_types) != levels:
-            raise ValueError(
-                f"attention_types has {len(attention_types)} entries for {levels} levels; give one or {levels}."
-            )
-        if levels == 0 or config.block_out_channels[0] % 2 or config.block_out_channels[0] < 4:
-            raise ValueError(
-                f"block_out_channels={config.block_out_channels} must name at least one level, the first even and at "
-                "least 4 for the time embedding."
-            )
-        for name in ("layers_per_block", "norm_num_groups", "num_attention_heads", "attention_head_dim"):
+        for name, values, accepted in (
+            ("time_embedding_type", [config.time_embedding_type], TIME_EMBEDDINGS),
+            ("norm_type", [config.norm_type], RESNET_NORMS),
+            ("attention_norm_type", [config.attention_norm_type], ATTENTION_NORMS),
+            ("downsample_type", [config.downsample_type], DOWNSAMPLES),
+            ("attention_types", self._per_level("attention_types"), [*ATTENTIONS, "none"]),
+            ("mid_attention_type", [config.mid_attention_type], [*ATTENTIONS, "none"]),
+        ):
+            for value in values:
+                if value not in accepted:
+                    raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(accepted)}.")
+        self._check_widths()
+        for name in ("layers_per_block", "norm_num_groups"):
             if config[name] < 1:
                 raise ValueError(f"{name}={config[name]} must be at least 1.")
-        for channels in config.block_out_channels:
-            if channels % config.norm_num_groups:
-                raise ValueError(
-                    f"norm_num_groups={config.norm_num_groups} must divide block_out_channels, not {channels}."
-                )
+        for name in ("num_attention_heads", "attention_head_dim"):
+            if min(self._per_level(name)) < 1:
+                raise ValueError(f"{name}={config[name]} must be at least 1.")
+        if config.num_mem_kv < 0:
+            raise ValueError(f"num_mem_kv={config.num_mem_kv} must be at least 0.")
         if not 0 <= config.dropout < 1:
             raise ValueError(f"dropout={config.dropout} must lie in [0, 1).")
         if config.sample_size is not None:
             size = config.sample_size
             self._check_size(*((size, size) if isinstance(size, int) else size))
+
+    def _check_widths(self) -> None:
+        config = self.config
+        if not config.block_out_channels:
+            raise ValueError("block_out_channels must name at least one level.")
+        stem = config.block_out_channels[0] if config.stem_channels is None else config.stem_channels
+        time_dim = stem if config.time_embedding_dim is None else config.time_embedding_dim
+        if time_dim % 2 or time_dim < 4:
+            raise ValueError(
+                "time_embedding_dim, or stem_channels or block_out_channels[0] in its place, must be even and at least "
+                f"4, not {time_dim}."
+            )
+        if config.norm_type != "group" or config.norm_num_groups < 1:
+            return
+        for channels in (stem, *config.block_out_channels):
+            if channels % config.norm_num_groups:
+                raise ValueError(
+                    f"norm_num_groups={config.norm_num_groups} must divide stem_channels and block_out_channels, not "
+                    f"{channels}."
+                )
 
     def _check_size(self, height: int, width: int) -> None:
         levels = len(self.config.block_out_channels)

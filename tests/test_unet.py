@@ -15,10 +15,12 @@ from ddpm_pipe.convert import from_reference
 from ddpm_pipe.unet import (
     AttentionBlock,
     ChannelLayerNorm,
+    ChannelRMSNorm,
     DDPMUNet2DModel,
     FourierEmbedding,
     FullAttention,
     LinearAttention,
+    PixelUnshuffleConv2d,
     SinusoidalEmbedding,
     WeightStandardizedConv2d,
 )
@@ -183,6 +185,21 @@ def test_channel_layer_norm_normalises_each_pixel_over_channels():
     assert_close(norm(x).double(), expected * norm.weight.double().view(1, 6, 1, 1), rtol=0, atol=1e-3)
 
 
+def test_channel_rms_norm_divides_each_pixel_by_its_root_mean_square():
+    norm, x = ChannelRMSNorm(6), noise(2, 6, 3, 5) * 0.01 + 3
+    norm.weight.data = noise(6, seed=2)
+    expected = x.double() / ((x.double() ** 2).sum(1, keepdim=True) / 6) ** 0.5 * norm.weight.double().view(1, 6, 1, 1)
+    assert_close(norm(x).double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(4, 6), (5, 6), (4, 7)])
+def test_pixel_unshuffle_mixes_each_square_of_pixels(size):
+    conv, x = PixelUnshuffleConv2d(3, 5), noise(2, 3, *size)
+    whole = x[..., :4, :6]
+    squares = torch.stack([whole[..., i::2, j::2] for i in (0, 1) for j in (0, 1)], dim=2).flatten(1, 2)
+    assert_close(conv(x), F.conv2d(squares, conv.weight, conv.bias), rtol=0, atol=1e-6)
+
+
 def heads_of(attention: FullAttention | LinearAttention, x: torch.Tensor) -> list[list[torch.Tensor]]:
     """q, k and v of each head as float64 (B, features, pixels): queries of all heads first, then keys, then values."""
     weight = attention.to_qkv.weight.double().flatten(1)
@@ -195,25 +212,37 @@ def project(attention: FullAttention | LinearAttention, heads: list[torch.Tensor
     return out.view(like.shape).float()
 
 
-def test_full_attention_is_softmax_of_qk_times_v():
-    attention, x = FullAttention(6, heads=2, head_dim=4), noise(2, 6, 3, 5) * 3
+def memory_of(attention: FullAttention | LinearAttention, number: int) -> list[torch.Tensor]:
+    """The learned keys and values of each head as float64 (heads, features, number)."""
+    if number == 0:
+        return [torch.zeros(2, 4, 0, dtype=torch.float64)] * 2
+    memory = attention.mem_kv.detach().double()
+    return list(memory if isinstance(attention, LinearAttention) else memory.transpose(-1, -2))
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_full_attention_is_softmax_of_qk_times_v(number):
+    attention, x = FullAttention(6, heads=2, head_dim=4, num_mem_kv=number), noise(2, 6, 3, 5) * 3
     heads = []
-    for q, k, v in zip(*heads_of(attention, x)):
+    for q, k, v, mem_k, mem_v in zip(*heads_of(attention, x), *memory_of(attention, number)):
+        k, v = (torch.cat([m.expand(2, -1, -1), pixels], dim=2) for m, pixels in ((mem_k, k), (mem_v, v)))
         scores = torch.einsum("bdi,bdj->bij", q, k) / 4**0.5
         weights = scores.exp() / scores.exp().sum(2, keepdim=True)
         heads.append(torch.einsum("bij,bdj->bdi", weights, v))
     assert_close(attention(x), project(attention, heads, x), rtol=0, atol=1e-5)
 
 
-def test_linear_attention_is_q_times_the_mean_of_k_and_v():
-    attention, x = LinearAttention(6, heads=2, head_dim=4), noise(2, 6, 3, 5) * 3
+@pytest.mark.parametrize("number, mean", [(0, True), (0, False), (3, False)])
+def test_linear_attention_is_q_times_the_mean_or_sum_of_k_and_v(number, mean):
+    attention, x = LinearAttention(6, heads=2, head_dim=4, num_mem_kv=number, mean=mean), noise(2, 6, 3, 5) * 3
     attention.norm_out = torch.nn.Identity()  # its norm is checked by itself, and would hide a wrong scale
     heads = []
-    for q, k, v in zip(*heads_of(attention, x)):
+    for q, k, v, mem_k, mem_v in zip(*heads_of(attention, x), *memory_of(attention, number)):
+        k, v = (torch.cat([m.expand(2, -1, -1), pixels], dim=2) for m, pixels in ((mem_k, k), (mem_v, v)))
         q = q.exp() / q.exp().sum(1, keepdim=True) / 4**0.5
         k = k.exp() / k.exp().sum(2, keepdim=True)
-        heads.append(torch.einsum("bdj,bej,bdi->bei", k, v / 15, q))
-    assert_close(attention(x), project(attention, heads, x), rtol=0, atol=1e-6)
+        heads.append(torch.einsum("bdj,bej,bdi->bei", k, v / 15 if mean else v, q))
+    assert_close(attention(x), project(attention, heads, x), rtol=0, atol=1e-6 if mean else 1e-5)
 
 
 def test_linear_attention_ends_in_a_channel_norm():
@@ -222,7 +251,7 @@ def test_linear_attention_ends_in_a_channel_norm():
 
 
 def test_attention_block_is_a_residual_on_normed_input():
-    block, x = AttentionBlock(FullAttention(6, heads=2, head_dim=4), 6), noise(2, 6, 3, 5)
+    block, x = AttentionBlock(FullAttention(6, heads=2, head_dim=4), ChannelLayerNorm(6)), noise(2, 6, 3, 5)
     assert_close(block(x) - x, block.attention(F.layer_norm(x.movedim(1, -1), (6,)).movedim(-1, 1)), rtol=0, atol=1e-5)
 
 
@@ -236,6 +265,21 @@ def test_attention_kinds_are_given_from_the_highest_resolution_down():
     assert isinstance(network.mid_attention.attention, LinearAttention)
 
 
+def test_heads_are_given_per_level_and_the_middle_takes_the_last():
+    network = tiny(num_attention_heads=(2, 4), attention_head_dim=(8, 2))
+    attentions = [level.attention.attention for level in (*network.down_blocks, *reversed(network.up_blocks))]
+    attentions.append(network.mid_attention.attention)
+    assert [attention.heads for attention in attentions] == [2, 4, 2, 4, 4]
+    assert [attention.to_out.in_channels for attention in attentions] == [16, 8, 16, 8, 8]
+
+
+def test_stem_and_time_embedding_have_widths_of_their_own():
+    network = tiny(stem_channels=12, time_embedding_dim=6)
+    assert network.conv_in.out_channels == network.conv_out.in_channels == 12
+    assert network.time_embedding.linear_1.weight.shape == (24, 6)
+    assert run(network, noise(2, 3, 8, 8)).shape == (2, 3, 8, 8)
+
+
 # ---------------------------------------------------------------- what sizes and options work
 
 
@@ -243,7 +287,7 @@ def test_attention_kinds_are_given_from_the_highest_resolution_down():
 def networks(draw):
     """A config and a size that should work, odd and non-square ones among them."""
     levels = draw(st.integers(1, 3))
-    kind = st.sampled_from(["none", "linear", "full"])
+    kind = st.sampled_from(["none", "linear", "linear_sum", "full"])
     config = {
         "block_out_channels": tuple(4 * draw(st.integers(1, 3)) for _ in range(levels)),
         "in_channels": draw(st.integers(1, 5)),
@@ -254,6 +298,12 @@ def networks(draw):
         "mid_attention_type": draw(kind),
         "time_embedding_type": draw(st.sampled_from(["positional", "learned_fourier", "random_fourier"])),
         "weight_standardization": draw(st.booleans()),
+        "norm_type": draw(st.sampled_from(["group", "rms"])),
+        "attention_norm_type": draw(st.sampled_from(["layer", "rms"])),
+        "num_mem_kv": draw(st.sampled_from([0, 3])),
+        "downsample_type": draw(st.sampled_from(["conv", "pixel_unshuffle"])),
+        "stem_channels": draw(st.sampled_from([None, 12])),
+        "time_embedding_dim": draw(st.sampled_from([None, 10])),
         "self_condition": draw(st.booleans()),
         "num_class_embeds": draw(st.sampled_from([None, 3])),
         "sample_size": (draw(st.integers(2 ** (levels - 1), 13)), draw(st.integers(2 ** (levels - 1), 13))),
@@ -281,6 +331,14 @@ def test_output_has_the_size_of_the_input(case):
         ({"mid_attention_type": "flash"}, "mid_attention_type.*full"),
         ({"attention_types": ("none",)}, "attention_types"),
         ({"attention_types": ("none", "none", "full")}, "attention_types"),
+        ({"norm_type": "layer"}, "norm_type.*rms"),
+        ({"attention_norm_type": "group"}, "attention_norm_type.*rms"),
+        ({"downsample_type": "pool"}, "downsample_type.*pixel_unshuffle"),
+        ({"num_mem_kv": -1}, "num_mem_kv"),
+        ({"num_attention_heads": (2,)}, "num_attention_heads"),
+        ({"attention_head_dim": (4, 0)}, "attention_head_dim"),
+        ({"stem_channels": 10}, "stem_channels"),
+        ({"time_embedding_dim": 7}, "time_embedding_dim"),
         ({"norm_num_groups": 3}, "norm_num_groups"),
         ({"norm_num_groups": 0}, "norm_num_groups"),
         ({"block_out_channels": (8, 18)}, "norm_num_groups"),
@@ -404,16 +462,21 @@ def test_dropout_acts_in_training_only():
     assert (run(network, x) - run(network, x)).abs().max() > 1e-3
 
 
-def test_network_compiles_without_a_graph_break():
-    network = tiny(num_class_embeds=3, self_condition=True, attention_types=("linear", "full"))
+@pytest.mark.parametrize(
+    "options", [{}, {"norm_type": "rms", "num_mem_kv": 2, "downsample_type": "pixel_unshuffle"}], ids=str
+)
+def test_network_compiles_without_a_graph_break(options):
+    network = tiny(num_class_embeds=3, self_condition=True, attention_types=("linear", "full"), **options)
     x, inputs = noise(2, 3, 8, 9), {"class_labels": torch.tensor([0, 2]), "self_cond": noise(2, 3, 8, 9, seed=2)}
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
     for t in (torch.tensor([3, 500]), torch.tensor(3)):
         assert_close(run(compiled, x, t, **inputs), run(network, x, t, **inputs), rtol=1e-4, atol=1e-5)
 
 
-def test_bfloat16_weights_are_near_float32():
-    network = tiny(num_class_embeds=3, self_condition=True)
+@pytest.mark.parametrize("norms", ["group and layer", "rms"])
+def test_bfloat16_weights_are_near_float32(norms):
+    norms = {"norm_type": "rms", "attention_norm_type": "rms", "num_mem_kv": 2} if norms == "rms" else {}
+    network = tiny(num_class_embeds=3, self_condition=True, **norms)
     x, labels = noise(2, 3, 8, 8), torch.tensor([0, 2])
     expected = run(network, x, class_labels=labels)
     output = run(network.to(torch.bfloat16), x.bfloat16(), class_labels=labels)
@@ -435,6 +498,8 @@ def test_channels_last_gives_the_same_result(kind):
         {},
         {"num_class_embeds": 3, "self_condition": True, "sample_size": (8, 9), "attention_types": ("none", "full")},
         {"time_embedding_type": "random_fourier"},
+        {"norm_type": "rms", "attention_norm_type": "rms", "num_mem_kv": 2, "downsample_type": "pixel_unshuffle"},
+        {"num_attention_heads": (1, 2), "stem_channels": 12, "time_embedding_dim": 6},
     ],
     ids=str,
 )

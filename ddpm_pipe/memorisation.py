@@ -1,0 +1,48 @@
+"""Are samples copies of training images? Their nearest neighbours among them, as numbers and as a picture."""
+
+import torch
+from diffusers.utils import make_image_grid
+from PIL import Image
+from torch import Tensor
+
+from ddpm_pipe.data import ImageData
+
+BLOCK = 4096  # training images compared at a time
+
+
+def nearest(images: Tensor, data: ImageData, count: int) -> tuple[Tensor, Tensor]:
+    """The training images nearest to each image, by the root mean squared difference of their pixels.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        data: the training images, of the same shape.
+        count: how many neighbours of each.
+
+    Returns:
+        Distances in 8-bit levels, increasing, and positions in `data`; each (N, count).
+
+    Raises:
+        ValueError: where the shapes differ or `count` is more than there are.
+    """
+    if images.shape[1:] != data.shape or not 1 <= count <= len(data):
+        raise ValueError(
+            f"images of {tuple(images.shape[1:])} have no {count} neighbours among {len(data)} of {data.shape}; "
+            "shapes must be equal and the count at most the number of training images."
+        )
+    rows = images.flatten(1).double()
+    best = torch.full((len(rows), 0), 0.0, dtype=torch.float64), torch.zeros(len(rows), 0, dtype=torch.long)
+    for positions in torch.arange(len(data)).split(BLOCK):
+        block = torch.cdist(rows, data.take(positions)[0].flatten(1).double(), compute_mode="use_mm_for_euclid_dist")
+        distances, places = torch.cat([best[0], block], 1), torch.cat([best[1], positions.expand(len(rows), -1)], 1)
+        top = distances.topk(min(count, distances.shape[1]), largest=False)
+        best = top.values, places.gather(1, top.indices)
+    return best[0] / rows.shape[1] ** 0.5, best[1]
+
+
+def neighbour_grid(images: Tensor, data: ImageData, positions: Tensor) -> Image.Image:
+    """One line per image uint8 (N, C, H, W): the image, then its neighbours at `positions` (N, count)."""
+    cells = []
+    for image, places in zip(images, positions, strict=True):
+        cells += [image, *data.take(places)[0]]
+    pictures = [Image.fromarray(cell.permute(1, 2, 0).squeeze(-1).numpy()) for cell in cells]
+    return make_image_grid(pictures, len(images), 1 + positions.shape[1])
