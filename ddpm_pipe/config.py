@@ -14,6 +14,19 @@ from ddpm_pipe.checkpoint import replace_text
 
 T = TypeVar("T")
 
+
+class JsonDict(dict):
+    """A mapping that may be written as JSON on the command line."""
+
+    def __init__(self, value: Any = ()):
+        super().__init__(json.loads(value) if isinstance(value, str) else value)
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of a config with its default and what `--help` says of it."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
 _FILE_SUFFIXES = (".yaml", ".yml", ".json")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from ddpm_pipe.card import EVALUATION, PICTURE, make_card
+from ddpm_pipe.config import option
 
 PIPELINE_SUFFIXES = (".json", ".safetensors", ".py")
 """Of a pipeline folder, what is pushed; of the rest of a run, only what `stage` names."""
@@ -17,23 +18,19 @@ STALE = ["unet/*", "scheduler/*", "*.py", "*.png", EVALUATION]
 """What an earlier push may have left in the repository; deleted there where it is no longer part of the push."""
 
 
-def _option(default, help: str):
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class PushConfig:
     """What to share, where, and what its card says of licences."""
 
     run: str = field(metadata={"help": "the run folder"})
     repo: str = field(metadata={"help": "repository on the Hub, as org/name"})
-    public: bool = _option(False, "let everyone see it; private otherwise")
-    pipeline: str = _option("pipeline", "which pipeline folder of the run, as ema-0.05")
-    revision: str | None = _option(None, "branch to push to; made where it does not exist")
-    license: str | None = _option(None, "of the weights, as the Hub names licences")
-    dataset: str | None = _option(None, "name of the training data, or their id on the Hub")
-    dataset_license: str | None = _option(None, "of the training data")
-    dry_run: bool = _option(False, "print what would be pushed and push nothing")
+    public: bool = option(False, "let everyone see it; private otherwise")
+    pipeline: str = option("pipeline", "which pipeline folder of the run, as ema-0.05")
+    revision: str | None = option(None, "branch to push to; made where it does not exist")
+    license: str | None = option(None, "of the weights, as the Hub names licences")
+    dataset: str | None = option(None, "name of the training data, or their id on the Hub")
+    dataset_license: str | None = option(None, "of the training data")
+    dry_run: bool = option(False, "print what would be pushed and push nothing")
 
 
 class PushError(ValueError):

@@ -5,6 +5,7 @@ With `noise` and `prediction` this file travels with shared checkpoints that the
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
@@ -33,10 +34,18 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **components):
+        """This pipeline of the very network and scheduler of another one, but for the `components` given by name.
+
+        That of diffusers takes only a network whose class is the annotated one itself, and casts it to float32.
+        """
+        return cls(**pipeline.components | components)
+
     @torch.no_grad()
     def __call__(
         self,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int | None = None,
         eta: float = 0.0,
@@ -47,11 +56,12 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, Tensor, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("sample",),
+        sample: Tensor | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Sample images (DDPM, Algorithm 2).
 
         Args:
-            batch_size: number of images B.
+            batch_size: number of images B; None is that of `sample`, or 1.
             generator: source of all noise; a list has one per image, and then an image depends on its own alone.
             num_inference_steps: 1 to T; None takes all T timesteps of the training chain.
             eta: noise of DDIM, 0 to 1; only for schedulers whose `step` takes it.
@@ -65,6 +75,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             callback_on_step_end: called as (pipeline, step index, timestep, tensors) after each step; tensors that it
                 returns replace those of the loop.
             callback_on_step_end_tensor_inputs: which tensors it is given, of `_callback_tensor_inputs`.
+            sample: x_T (B, C, H, W) of unit variance to start from; None draws it.
 
         Raises:
             ValueError: for an argument that this network or scheduler cannot honour, naming it.
@@ -72,42 +83,46 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         check_choice("output_type", output_type, OUTPUT_TYPES)
         for name in callback_on_step_end_tensor_inputs:
             check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"generator is a list of {len(generator)} for batch_size={batch_size}; give one per image."
-            )
-        step_options = self._step_options(generator, eta, use_clipped_model_output, guided=guidance_scale > 1)
-        labels = self._labels(class_labels, batch_size, guidance_scale)
+        if batch_size is None:
+            batch_size = 1 if sample is None else len(sample)
+        denoise, step_options = self._conditions(
+            batch_size, generator, class_labels, guidance_scale, eta, use_clipped_model_output
+        )
+        timesteps = self._choose_timesteps(num_inference_steps)
+        sample = self._initial_noise(batch_size, generator, sample) * self.scheduler.init_noise_sigma
+        callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
+        images = self._run(sample, timesteps, denoise, step_options, *callback)
+        return self._output(images, output_type, return_dict)
 
+    def _run(
+        self,
+        sample: Tensor,
+        timesteps: Tensor,
+        denoise: Callable[[Tensor, Tensor, Tensor], Tensor],
+        step_options: dict,
+        callback: Callable[[DiffusionPipeline, int, Tensor, dict], dict | None] | None = None,
+        callback_inputs: tuple[str, ...] = ("sample",),
+    ) -> Tensor:
+        """Algorithm 2 from x_t (B, C, H, W) at the first of `timesteps`, one step at each: images in [0, 1].
+
+        `denoise` and `step_options` are those of `_conditions`; the callback is that of `__call__`.
+        """
         scheduler = self.scheduler
-        steps = scheduler.config.num_train_timesteps
-        if num_inference_steps is None:
-            num_inference_steps = steps
-        if not 1 <= num_inference_steps <= steps:
-            raise ValueError(
-                f"num_inference_steps={num_inference_steps} must lie between 1 and num_train_timesteps={steps}."
-            )
-        scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-        sample = self._initial_noise(batch_size, generator) * scheduler.init_noise_sigma
         pred_original_sample = torch.zeros_like(sample)
-
-        for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
+        for i, t in enumerate(self.progress_bar(timesteps)):
             model_input = scheduler.scale_model_input(sample, t)
-            model_output = self._denoise(model_input, t, labels, guidance_scale, pred_original_sample)
+            model_output = denoise(model_input, t, pred_original_sample)
             step = scheduler.step(model_output, t, sample, **step_options)
             sample, pred_original_sample = step.prev_sample, step.get("pred_original_sample")
             if pred_original_sample is None:
                 pred_original_sample = self._pred_original_sample(model_output, t, model_input)
 
-            if callback_on_step_end is not None:
+            if callback is not None:
                 tensors = {"sample": sample, "pred_original_sample": pred_original_sample}
-                offered = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                tensors |= callback_on_step_end(self, i, t, offered) or {}
+                offered = {name: tensors[name] for name in callback_inputs}
+                tensors |= callback(self, i, t, offered) or {}
                 sample, pred_original_sample = tensors["sample"], tensors["pred_original_sample"]
-
-        images = self._to_images(sample, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return (sample / 2 + 0.5).clamp(0, 1)
 
     # ------------------------------------------------------------ what the loop is made of
 
@@ -122,11 +137,56 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         size = config.sample_size
         return config.in_channels, *((size, size) if isinstance(size, int) else size)
 
-    def _initial_noise(self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
-        """x_T ~ N(0, I), (B, C, H, W) in float32: the chain is kept in full precision whatever the network's."""
-        return randn_tensor((batch_size, *self.image_shape), generator, self._execution_device, torch.float32)
+    def _conditions(
+        self,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        class_labels: int | list[int] | Tensor | None = None,
+        guidance_scale: float = 1.0,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
+    ) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], dict]:
+        """The network with labels and guidance, as (x_t, t, last x0) -> output, and the keywords of the steps."""
+        self._check_generator(generator, batch_size)
+        step_options = self._step_options(generator, eta, use_clipped_model_output, guided=guidance_scale > 1)
+        labels = self._labels(class_labels, batch_size, guidance_scale)
+        return partial(self._denoise, labels=labels, scale=guidance_scale), step_options
 
-    def _denoise(self, model_input: Tensor, t: Tensor, labels: Tensor | None, scale: float, last_x0: Tensor) -> Tensor:
+    def _check_generator(self, generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> None:
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"generator is a list of {len(generator)} for batch_size={batch_size}; give one per image."
+            )
+
+    def _choose_timesteps(self, num_inference_steps: int | None) -> Tensor:
+        """Set the scheduler's timesteps, all T of the training chain for None, and return them."""
+        steps = self.scheduler.config.num_train_timesteps
+        if num_inference_steps is None:
+            num_inference_steps = steps
+        if not 1 <= num_inference_steps <= steps:
+            raise ValueError(
+                f"num_inference_steps={num_inference_steps} must lie between 1 and num_train_timesteps={steps}."
+            )
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        return self.scheduler.timesteps
+
+    def _initial_noise(
+        self,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        given: Tensor | None = None,
+    ) -> Tensor:
+        """`given` or a draw of N(0, I), (B, C, H, W) in float32: full precision whatever the network's."""
+        shape = (batch_size, *self.image_shape)
+        if given is None:
+            return randn_tensor(shape, generator, self._execution_device, torch.float32)
+        if given.shape != shape:
+            raise ValueError(
+                f"sample has the shape {tuple(given.shape)}; give the noise of {batch_size} images, {shape}."
+            )
+        return given.to(self._execution_device, torch.float32)
+
+    def _denoise(self, model_input: Tensor, t: Tensor, last_x0: Tensor, labels: Tensor | None, scale: float) -> Tensor:
         """The network's output for x_t with guidance: (B, C, H, W), or (B, 2C, H, W) with learned variance."""
         channels = model_input.shape[1]
         options = {}
@@ -197,8 +257,13 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             of_ddim["use_clipped_model_output"] = guided
         return {name: value for name, value in {"generator": generator, **of_ddim}.items() if name in known}
 
-    def _to_images(self, sample: Tensor, output_type: str):
-        images = (sample / 2 + 0.5).clamp(0, 1)
+    def _output(self, images: Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
+        """What a call returns for images (B, C, H, W) in [0, 1]."""
+        self.maybe_free_model_hooks()
+        result = self._to_images(images, output_type)
+        return ImagePipelineOutput(images=result) if return_dict else (result,)
+
+    def _to_images(self, images: Tensor, output_type: str):
         if output_type == "pt":
             return images
         array = images.cpu().permute(0, 2, 3, 1).numpy()

@@ -19,6 +19,7 @@ STREAMS = (
     "holdout",
     "offset_noise",
     "health",
+    "bound",
 )
 """What randomness is used for; the place of a name is part of the seed, so append new names at the end."""
 

@@ -1,14 +1,13 @@
 """A recipe: every choice of a training run, and the network, noise and learning rate that follow from it."""
 
 import inspect
-import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from diffusers import ModelMixin, UNet2DModel
 
+from ddpm_pipe.config import JsonDict, option
 from ddpm_pipe.data import ImageData
 from ddpm_pipe.ema import power_exponent
 from ddpm_pipe.noise import check_choice
@@ -32,104 +31,93 @@ PRECISIONS = ("auto", "no", "bf16", "fp16")
 TRACKERS = ("auto", "none", "tensorboard", "wandb")
 
 
-class JsonDict(dict):
-    """A mapping that may be written as JSON on the command line."""
-
-    def __init__(self, value: Any = ()):
-        super().__init__(json.loads(value) if isinstance(value, str) else value)
-
-
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class TrainConfig:
     """Every choice of a run. The defaults are a small recipe for small images; examples/presets has others."""
 
     # data
     data: str = field(metadata={"help": "folder of images, parquet or arrow file, or dataset id on the Hub"})
-    output_dir: str = _option("runs/default", "run folder: checkpoints, samples, logs and the finished pipeline")
-    split: str = _option("train", "split of the data to train on")
-    image_column: str | None = _option(None, "column of the images; found by itself where only one holds images")
-    label_column: str | None = _option(None, "column of the classes; found by itself where only one holds labels")
-    resolution: list[int] | None = _option(None, "size, or height and width, to resize and crop to")
-    channels: int | None = _option(None, "1 (grey), 3 (RGB) or 4 (RGBA)")
-    flip: bool = _option(False, "mirror images at random")
-    class_conditional: bool = _option(False, "train on the labels too")
-    streaming: bool = _option(False, "read the data as it is needed instead of decoding it first")
-    holdout: int = _option(0, "images kept out of training, on which the loss is measured")
-    class_dropout: float = _option(0.1, "probability of hiding a label, for classifier-free guidance")
+    output_dir: str = option("runs/default", "run folder: checkpoints, samples, logs and the finished pipeline")
+    split: str = option("train", "split of the data to train on")
+    image_column: str | None = option(None, "column of the images; found by itself where only one holds images")
+    label_column: str | None = option(None, "column of the classes; found by itself where only one holds labels")
+    resolution: list[int] | None = option(None, "size, or height and width, to resize and crop to")
+    channels: int | None = option(None, "1 (grey), 3 (RGB) or 4 (RGBA)")
+    flip: bool = option(False, "mirror images at random")
+    class_conditional: bool = option(False, "train on the labels too")
+    streaming: bool = option(False, "read the data as it is needed instead of decoding it first")
+    holdout: int = option(0, "images kept out of training, on which the loss is measured")
+    class_dropout: float = option(0.1, "probability of hiding a label, for classifier-free guidance")
 
     # network and noise
     unet: JsonDict = field(
         default_factory=JsonDict,
         metadata={"help": "network: _class_name (DDPMUNet2DModel or UNet2DModel) and its config keys, as JSON"},
     )
-    num_train_timesteps: int = _option(1000, "T, the length of the chain")
-    beta_schedule: str = _option("linear", "a key of ddpm_pipe.noise.BETA_SCHEDULES")
-    beta_start: float = _option(1e-4, "first beta, for the schedules that have a range")
-    beta_end: float = _option(0.02, "last beta, for the schedules that have a range")
-    rescale_betas_zero_snr: bool = _option(False, "rescale betas to zero terminal SNR")
-    prediction_type: str = _option("epsilon", "what the network predicts: epsilon, sample or v_prediction")
-    variance_type: str = _option(
+    num_train_timesteps: int = option(1000, "T, the length of the chain")
+    beta_schedule: str = option("linear", "a key of ddpm_pipe.noise.BETA_SCHEDULES")
+    beta_start: float = option(1e-4, "first beta, for the schedules that have a range")
+    beta_end: float = option(0.02, "last beta, for the schedules that have a range")
+    rescale_betas_zero_snr: bool = option(False, "rescale betas to zero terminal SNR")
+    prediction_type: str = option("epsilon", "what the network predicts: epsilon, sample or v_prediction")
+    variance_type: str = option(
         "fixed_small", "of the sampler: fixed_small, fixed_large, or learned_range (hybrid loss)"
     )
 
     # loss
-    loss: str = _option("l2", f"one of {', '.join(LOSSES)}")
-    loss_weight: str = _option("none", f"one of {', '.join(LOSS_WEIGHTS)}")
-    loss_gamma: float = _option(5.0, "ceiling of min_snr, exponent of p2")
-    loss_k: float = _option(1.0, "k of p2")
-    vlb_weight: float = _option(1e-3, "weight of the variational bound with learned variance")
-    offset_noise: float = _option(0.0, "standard deviation of noise that is the same for all pixels of a channel")
-    timestep_sampling: str = _option("uniform", f"one of {', '.join(TIMESTEP_SAMPLERS)}")
+    loss: str = option("l2", f"one of {', '.join(LOSSES)}")
+    loss_weight: str = option("none", f"one of {', '.join(LOSS_WEIGHTS)}")
+    loss_gamma: float = option(5.0, "ceiling of min_snr, exponent of p2")
+    loss_k: float = option(1.0, "k of p2")
+    vlb_weight: float = option(1e-3, "weight of the variational bound with learned variance")
+    offset_noise: float = option(0.0, "standard deviation of noise that is the same for all pixels of a channel")
+    timestep_sampling: str = option("uniform", f"one of {', '.join(TIMESTEP_SAMPLERS)}")
 
     # optimisation
-    steps: int = _option(100_000, "optimizer steps")
-    batch_size: int = _option(64, "images per optimizer step, over all processes and accumulation steps")
-    gradient_accumulation_steps: int = _option(1, "parts into which each process cuts its share of the batch")
-    learning_rate: float = _option(2e-4, "peak learning rate")
-    lr_schedule: str = _option("constant", f"after the warm-up: {', '.join(LR_SCHEDULES)} (the latter two end at 0)")
-    lr_warmup_steps: int = _option(0, "optimizer steps over which the learning rate grows to its peak")
-    adam_beta1: float = _option(0.9, "AdamW: decay of the first moment")
-    adam_beta2: float = _option(0.999, "AdamW: decay of the second moment")
-    adam_eps: float = _option(1e-8, "AdamW: epsilon")
-    weight_decay: float = _option(0.0, "AdamW: weight decay")
-    max_grad_norm: float = _option(1.0, "gradients are scaled down to this norm; 0 leaves them")
-    ema_decay: float = _option(0.9999, "longest decay of the averaged weights")
-    ema_power: float = _option(2 / 3, "how fast the decay grows to it: 1 - (1 + step)^-power")
+    steps: int = option(100_000, "optimizer steps")
+    batch_size: int = option(64, "images per optimizer step, over all processes and accumulation steps")
+    gradient_accumulation_steps: int = option(1, "parts into which each process cuts its share of the batch")
+    learning_rate: float = option(2e-4, "peak learning rate")
+    lr_schedule: str = option("constant", f"after the warm-up: {', '.join(LR_SCHEDULES)} (the latter two end at 0)")
+    lr_warmup_steps: int = option(0, "optimizer steps over which the learning rate grows to its peak")
+    adam_beta1: float = option(0.9, "AdamW: decay of the first moment")
+    adam_beta2: float = option(0.999, "AdamW: decay of the second moment")
+    adam_eps: float = option(1e-8, "AdamW: epsilon")
+    weight_decay: float = option(0.0, "AdamW: weight decay")
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 leaves them")
+    ema_decay: float = option(0.9999, "longest decay of the averaged weights")
+    ema_power: float = option(2 / 3, "how fast the decay grows to it: 1 - (1 + step)^-power")
     ema_sigma_rel: list[float] = field(
         default_factory=lambda: [0.05, 0.1],
         metadata={"help": "widths of power-function averages whose snapshots examples/ema.py mixes into any other"},
     )
-    ema_snapshot_every: int | None = _option(None, "optimizer steps between snapshots; as save_every if not given")
-    max_bad_steps: int = _option(
+    ema_snapshot_every: int | None = option(None, "optimizer steps between snapshots; as save_every if not given")
+    max_bad_steps: int = option(
         20, "steps in a row without a finite gradient after which the last checkpoint is loaded"
     )
-    seed: int = _option(0, "of the whole run")
+    seed: int = option(0, "of the whole run")
 
     # machine
-    mixed_precision: str = _option("auto", f"one of {', '.join(PRECISIONS)}; auto is bf16 where the device computes it")
-    channels_last: bool | None = _option(None, "keep images channels-last in memory; by itself on CUDA only")
-    gradient_checkpointing: bool = _option(False, "save memory by computing activations twice")
-    compile: bool = _option(False, "torch.compile the network")
+    mixed_precision: str = option("auto", f"one of {', '.join(PRECISIONS)}; auto is bf16 where the device computes it")
+    channels_last: bool | None = option(None, "keep images channels-last in memory; by itself on CUDA only")
+    gradient_checkpointing: bool = option(False, "save memory by computing activations twice")
+    compile: bool = option(False, "torch.compile the network")
 
     # what is written
-    save_every: int = _option(5_000, "optimizer steps between checkpoints")
-    keep_last: int = _option(2, "newest checkpoints to keep")
-    keep_every: int = _option(0, "keep also checkpoints at multiples of this step; 0 for none")
-    sample_every: int = _option(5_000, "optimizer steps between sample grids; 0 for none")
-    num_samples: int = _option(64, "images in a grid")
-    sample_steps: int = _option(50, "DDIM steps of a grid")
-    guidance_scale: float = _option(1.0, "classifier-free guidance of a grid")
-    log_every: int = _option(20, "optimizer steps between log entries")
-    tracker: str = _option("auto", f"one of {', '.join(TRACKERS)}; auto is tensorboard where it is installed")
-    push_to: str | None = _option(None, "repository on the Hub, org/name, to push to every push_every steps")
-    push_every: int = _option(0, "optimizer steps between pushes, a multiple of save_every; 0 for none")
-    push_public: bool = _option(False, "let everyone see what is pushed; private otherwise")
-    resume: bool = _option(False, "go on from the newest checkpoint of output_dir")
-    overwrite: bool = _option(False, "delete what output_dir holds of another run")
+    save_every: int = option(5_000, "optimizer steps between checkpoints")
+    keep_last: int = option(2, "newest checkpoints to keep")
+    keep_every: int = option(0, "keep also checkpoints at multiples of this step; 0 for none")
+    sample_every: int = option(5_000, "optimizer steps between sample grids; 0 for none")
+    num_samples: int = option(64, "images in a grid")
+    sample_steps: int = option(50, "DDIM steps of a grid")
+    guidance_scale: float = option(1.0, "classifier-free guidance of a grid")
+    log_every: int = option(20, "optimizer steps between log entries")
+    tracker: str = option("auto", f"one of {', '.join(TRACKERS)}; auto is tensorboard where it is installed")
+    push_to: str | None = option(None, "repository on the Hub, org/name, to push to every push_every steps")
+    push_every: int = option(0, "optimizer steps between pushes, a multiple of save_every; 0 for none")
+    push_public: bool = option(False, "let everyone see what is pushed; private otherwise")
+    resume: bool = option(False, "go on from the newest checkpoint of output_dir")
+    overwrite: bool = option(False, "delete what output_dir holds of another run")
 
     def __post_init__(self):
         self.unet = JsonDict(self.unet)

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from email.message import Message
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -110,7 +110,7 @@ class Repo:
 
     def add(self, branch: str, title: str, files: dict[str, Blob]) -> Commit:
         """A commit on top of a branch."""
-        parent, date = self.branches.get(branch), f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%S.%fZ}"
+        parent, date = self.branches.get(branch), f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
         facts = [parent and parent.sha, title, date, {path: blob.git_oid for path, blob in files.items()}]
         sha = hashlib.sha1(json.dumps(facts).encode()).hexdigest()
         self.known[sha] = self.branches[branch] = Commit(sha, parent, title, date, files)

@@ -8,8 +8,8 @@ import sys
 import pytest
 import yaml
 
-from ddpm_pipe.config import parse_config, save_config
-from ddpm_pipe.recipe import JsonDict, TrainConfig
+from ddpm_pipe.config import JsonDict, parse_config, save_config
+from ddpm_pipe.recipe import TrainConfig
 
 
 def parse(*argv: str, **defaults) -> TrainConfig:

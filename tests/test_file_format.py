@@ -114,7 +114,7 @@ ALLOWED_IMPORTS = {
     "portable": {"noise", "prediction", "schedulers", "unet", "pipeline"},
     "foreign": {"unet"},
     "convert": {"foreign", "noise", "checkpoint", "portable", "schedulers"},
-    "memorisation": {"data"},
+    "editing": {"data", "noise", "prediction", "pipeline"},
     # what training stands on
     "randomness": set(),
     "data": {"randomness"},
@@ -125,7 +125,7 @@ ALLOWED_IMPORTS = {
     "config": {"checkpoint"},
     "interruption": set(),
     # training
-    "recipe": {"noise", "prediction", "unet", "schedulers", "objective"}
+    "recipe": {"noise", "prediction", "unet", "schedulers", "objective", "config"}
     | {"randomness", "data", "stream", "ema", "timesteps"},
     "draws": {"randomness", "recipe"},
     "state": {"checkpoint", "ema", "timesteps", "recipe"},
@@ -133,7 +133,25 @@ ALLOWED_IMPORTS = {
     "report": {"log"},
     "health": {"data", "log", "objective", "portable", "randomness", "recipe", "schedulers", "state"},
     "card": {"config", "log", "recipe"},
-    "hub": {"card"},
+    "hub": {"card", "config"},
+    # what is done with a trained model
+    "sampling": {"config", "noise", "portable"},
+    "generate": {"checkpoint", "config", "noise", "portable", "sampling"},
+    "features": {"checkpoint"},
+    "metrics": set(),
+    "memorisation": {"data"},
+    "evaluate": {
+        "card",
+        "checkpoint",
+        "config",
+        "data",
+        "features",
+        "likelihood",
+        "memorisation",
+        "metrics",
+        "pipeline",
+    }
+    | {"prediction", "randomness", "recipe", "sampling", "schedulers"},
     "posthoc": {"checkpoint", "ema", "portable"},
 }
 ALLOWED_IMPORTS["train"] = set(ALLOWED_IMPORTS)

@@ -254,6 +254,14 @@ def test_the_same_generator_gives_the_same_images():
     assert (sample(pipe, seed=1) - sample(pipe, seed=2)).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, diffusers.EulerDiscreteScheduler])
+def test_given_noise_of_unit_variance_takes_the_place_of_the_draw(scheduler):
+    pipe = our_pipe(scheduler=scheduler.from_config(DDPMScheduler().config))
+    noise = torch.randn(2, 3, SIZE, SIZE, generator=seeded(1))
+    images = sample(pipe, batch_size=None, sample=noise, seed=2)
+    assert_close(images, sample(pipe, seed=1), rtol=0, atol=0)
+
+
 # ---------------------------------------------------------------- classes and guidance
 
 LABELS = torch.tensor([0, 2])
@@ -485,6 +493,8 @@ def test_half_precision_network_gives_nearly_the_same_images(make, options):
         ({"class_labels": 0}, "class_labels"),
         ({"guidance_scale": 2.0}, "guidance_scale"),
         ({"output_type": "jpeg"}, "output_type='jpeg'.*pil, np, pt"),
+        ({"sample": torch.zeros(3, 3, SIZE, SIZE)}, "sample has the shape"),
+        ({"batch_size": None, "sample": torch.zeros(2, 1, SIZE, SIZE)}, "sample has the shape"),
         ({"callback_on_step_end_tensor_inputs": ("latents",)}, "'latents'.*sample, pred_original_sample"),
     ],
 )

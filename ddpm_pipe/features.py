@@ -1,0 +1,223 @@
+"""Images -> features of a network, Inception or your own in a file; those of a data set are kept for the next time."""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from huggingface_hub.constants import HF_HOME
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ddpm_pipe.checkpoint import CheckpointError, replace_folder, save_tensors
+
+logger = logging.getLogger(__name__)
+
+Images = Callable[[range], Tensor]
+"""Some positions of a set of images -> those images, uint8 (n, C, H, W), grey or RGB."""
+
+BATCH_SIZE = 100
+CACHE = Path(HF_HOME) / "ddpm_pipe" / "features"
+FILE = "features.safetensors"
+INSTEAD = "give another feature network with --features file.pt"
+
+
+@dataclass
+class FeatureNetwork:
+    """A network that turns images into features.
+
+    Attributes:
+        module: uint8 RGB images (B, 3, H, W), 0 to 255, any B -> features (B, D), or features and logits (B, K); the
+            sizes it accepts, and what it does to the pixels, are its own.
+        name: what protocols call it.
+        hash: changes whenever its features may.
+        device: where its weights are.
+    """
+
+    module: Callable[[Tensor], Any]
+    name: str
+    hash: str
+    device: str | torch.device = "cpu"
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """uint8 (B, 1 or 3, H, W) -> features (B, D) and logits (B, K) or None, float32 on the CPU.
+
+        Raises:
+            ValueError: for other images, or a network that fails on them or returns something else.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise ValueError(
+                f"images must be uint8 (B, 1 or 3, H, W) to have features, not {images.dtype} {tuple(images.shape)}."
+            )
+        try:
+            output = self.module(images.expand(-1, 3, -1, -1).contiguous().to(self.device))
+        except (RuntimeError, AssertionError, ValueError) as error:  # AssertionError: guards of an exported program
+            reason = str(error).strip().splitlines()[-1:]
+            raise ValueError(f"features={self.name!r} fails on images {tuple(images.shape)}: {reason}") from error
+        parts = list(output) if isinstance(output, (tuple, list)) else [output]
+        if len(parts) not in (1, 2) or any(getattr(part, "shape", ())[:-1] != (len(images),) for part in parts):
+            raise ValueError(f"features={self.name!r} must return features (B, D), or features and logits (B, K).")
+        features, logits = (*(part.float().cpu() for part in parts), None)[:2]
+        return features, logits
+
+
+# ---------------------------------------------------------------- networks
+
+
+def load_features(features: str, device: str | torch.device = "cpu") -> FeatureNetwork:
+    """Load a feature network.
+
+    Args:
+        features: "inception", the Inception v3 of FID (Heusel et al. 2017) with 2048 features and 1008 logits, whose
+            weights torch-fidelity downloads or finds in torch.hub's folder; or a file of TorchScript or of
+            `torch.export.save` as `FeatureNetwork.module` describes. Like any program, run only those you trust.
+        device: where it computes.
+
+    Raises:
+        ValueError: where Inception or its weights cannot be had, or the file is something else.
+    """
+    if features == "inception":
+        return _load_inception(device)
+    path = Path(features).expanduser()
+    if not path.is_file():
+        raise ValueError(f"features={features!r} is no file; {INSTEAD} (TorchScript or an exported program).")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return FeatureNetwork(_read_module(path).to(device), f"{path.name} (sha256 {digest[:12]})", digest, device)
+
+
+def _load_inception(device: str | torch.device) -> FeatureNetwork:
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        from torch_fidelity.version import __version__
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision made for another torch
+        raise ValueError(
+            f"features='inception' needs torch-fidelity, which cannot be imported ({error}): install ddpm_pipe[eval] "
+            f"or {INSTEAD}."
+        ) from error
+    try:
+        module = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"the weights of Inception cannot be downloaded or read ({error}); {INSTEAD}.") from error
+    name = f"Inception v3 of torch-fidelity {__version__}"
+    return FeatureNetwork(module.to(device), name, name, device)
+
+
+def _read_module(path: Path) -> torch.nn.Module:
+    try:
+        return torch.jit.load(path, map_location="cpu").eval()
+    except RuntimeError:
+        try:
+            return torch.export.load(path).module()
+        except Exception as error:  # of whatever kind: it reads the parts of a zip file one after another
+            raise ValueError(
+                f"features={str(path)!r} is neither TorchScript (torch.jit.save) nor an exported program "
+                "(torch.export.save)."
+            ) from error
+
+
+# ---------------------------------------------------------------- many images
+
+
+def _processes() -> PartialState:
+    # said outright, as in training: without it each of several processes on CPUs takes itself for the only one
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def extract(
+    network: FeatureNetwork, images: Images, count: int, batch_size: int = BATCH_SIZE
+) -> tuple[Tensor, Tensor | None]:
+    """Features of many images, of which only a batch at a time is in memory.
+
+    Of P processes each asks for every P-th batch, so that `images` may also generate them; all get the whole. What
+    grows is the features: 50,000 of 2048 numbers are 0.4 GB, twice or three times that while they are gathered.
+
+    Args:
+        network: of the features.
+        images: the images at a range of positions.
+        count: how many there are, at least 1.
+        batch_size: images at a time.
+
+    Returns:
+        Features (count, D) and logits (count, K) or None, in the order of the images, float32 on the CPU.
+
+    Raises:
+        ValueError: where there are no images or the network cannot take them.
+    """
+    if count < 1:
+        raise ValueError(f"count={count} must be at least 1 image.")
+    state, parts = _processes(), []
+    for start in range(0, count, batch_size)[state.process_index :: state.num_processes]:
+        parts.append((start, *network(images(range(start, min(start + batch_size, count))))))
+    _, features, logits = zip(*sorted(gather_object(parts), key=itemgetter(0)), strict=True)
+    return torch.cat(features), None if logits[0] is None else torch.cat(logits)
+
+
+def reference_features(
+    network: FeatureNetwork, images: Images, count: int, cache_dir: Path = CACHE, batch_size: int = BATCH_SIZE
+) -> Tensor:
+    """Features of a data set, read from `cache_dir` where the same pixels went through the same network before.
+
+    The arguments are those of `extract`; a file of the cache that is not what it should be is made again.
+
+    Returns:
+        float32 (count, D), on the CPU.
+
+    Raises:
+        ValueError: as `extract`.
+    """
+    state = _processes()
+    found: list[Tensor | None] = [None]
+    if state.is_main_process:  # it alone decides: the others cannot wait for those that found a file
+        folder = Path(cache_dir) / _hash(network, images, count, batch_size)
+        found = [_read(folder / FILE)]
+    broadcast_object_list(found)
+    if found[0] is not None:
+        return found[0]
+    features, _ = extract(network, images, count, batch_size)
+    if state.is_main_process:
+        _write(folder, features)
+    return features
+
+
+def _hash(network: FeatureNetwork, images: Images, count: int, batch_size: int) -> str:
+    digest = hashlib.sha256(network.hash.encode())
+    for start in range(0, count, batch_size):
+        batch = images(range(start, min(start + batch_size, count)))
+        if start == 0:
+            digest.update(str(tuple(batch.shape[1:])).encode())
+        digest.update(batch.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _checksum(features: Tensor) -> Tensor:
+    return torch.frombuffer(bytearray(hashlib.sha256(features.numpy().data).digest()), dtype=torch.uint8)
+
+
+def _read(file: Path) -> Tensor | None:
+    """The features in a file of the cache; None where there is none or they are not those that were written."""
+    try:
+        tensors = load_file(file)
+        if torch.equal(_checksum(tensors["features"]), tensors["sha256"]):
+            return tensors["features"]
+    except FileNotFoundError:
+        return None
+    except (OSError, KeyError, safetensors.SafetensorError):
+        pass
+    logger.warning("%s is damaged; the features are computed again.", file)
+    return None
+
+
+def _write(folder: Path, features: Tensor) -> None:
+    try:
+        content = {"features": features, "sha256": _checksum(features)}
+        replace_folder(folder, lambda new: save_tensors(new, {Path(FILE).stem: content}))
+    except CheckpointError as error:  # without it the next evaluation takes longer, no more
+        logger.warning("the features of the data set are not kept: %s", error)

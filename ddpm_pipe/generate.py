@@ -1,0 +1,275 @@
+"""Many images of one model in a folder: each depends on its seed alone, and what was killed goes on.
+
+The seeds whose images are missing are cut into parts, and the parts dealt to the processes. A file is written under
+another name and then renamed: one that is there is whole, and its images are never drawn again.
+"""
+
+import io
+import json
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from accelerate import PartialState
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ddpm_pipe.checkpoint import replace_text, sync
+from ddpm_pipe.config import option
+from ddpm_pipe.noise import check_choice
+from ddpm_pipe.portable import DDPMPipeline
+from ddpm_pipe.sampling import Batch, SampleConfig, label_cycle, pipeline_for, protocol, sample_images, try_out
+
+GENERATION = "generation.json"
+"""The protocol of a folder of images, written before the first of them."""
+
+NOT_COMPARED = ("model", "revision", "seeds", "versions")
+"""Entries of a protocol that may change when a folder is gone on with: the weights are known by their checksums."""
+
+
+@dataclass
+class GenerateConfig(SampleConfig):
+    """Which images to draw, and where to put them, beside how the model samples."""
+
+    seeds: str = option("0-63", "one image per seed: numbers and ranges with commas between, as 0-49999")
+    output_dir: str = option("runs/generated", "folder of the images; one that holds some is gone on with")
+    output_format: str = option("png", "png, or shards of images as zip or parquet")
+    shard_size: int = option(1000, "images in a zip or parquet file")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.seeds = str(self.seeds)  # YAML reads one number as a number
+        parse_seeds(self.seeds)
+        check_choice("output_format", self.output_format, FORMATS)
+        if self.shard_size < 1:
+            raise ValueError(f"shard_size={self.shard_size} must be at least 1.")
+
+
+def parse_seeds(text: str) -> list[int]:
+    """The seeds of "0-49999" or "1,5,7-9", increasing and each once.
+
+    Raises:
+        ValueError: where it is not of this form.
+    """
+    seeds: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part.strip())  # more digits fit no 64-bit integer
+        if not match or int(match[1]) > int(match[2] or match[1]):
+            raise ValueError(
+                f"seeds={text!r} must be numbers of up to 18 digits and ranges with commas between, as 0-49999 or "
+                "1,5,7-9."
+            )
+        seeds.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return sorted(seeds)
+
+
+# ---------------------------------------------------------------- files: written whole or not at all
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name to write to, whose file becomes `path` when all is written."""
+    new = path.with_name(f".{path.name}.new")
+    try:
+        yield new
+        sync(new)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def _named_png(seed: int, image: Tensor) -> tuple[str, bytes]:
+    """The name of an image's file and what is in it, for uint8 (C, H, W)."""
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy()).save(buffer, "png")
+    return f"{seed:06d}.png", buffer.getvalue()
+
+
+def _shard(folder: Path, seeds: list[int], suffix: str) -> Path:
+    return folder / f"{seeds[0]:06d}-{seeds[-1]:06d}.{suffix}"  # no two have the same first seed
+
+
+def _write_png(folder: Path, seeds: list[int], batches: Iterable[Batch], classes: int) -> None:
+    for drawn, images, _ in batches:
+        for seed, image in zip(drawn, images, strict=True):
+            name, png = _named_png(seed, image)
+            with whole_file(folder / name) as new:
+                new.write_bytes(png)
+
+
+def _write_zip(folder: Path, seeds: list[int], batches: Iterable[Batch], classes: int) -> None:
+    with whole_file(_shard(folder, seeds, "zip")) as new, zipfile.ZipFile(new, "w") as archive:
+        for drawn, images, _ in batches:
+            for seed, image in zip(drawn, images, strict=True):
+                name, png = _named_png(seed, image)
+                archive.writestr(zipfile.ZipInfo(name), png)  # without a date: the same images are the same file
+
+
+def _write_parquet(folder: Path, seeds: list[int], batches: Iterable[Batch], classes: int) -> None:
+    """Columns image, seed and, with classes, label, typed so that `datasets` knows them."""
+    features = datasets.Features({"image": datasets.Image(), "seed": datasets.Value("int64")})
+    if classes:
+        features["label"] = datasets.ClassLabel(classes)
+    rows: list[dict[str, Any]] = []
+    for drawn, images, labels in batches:
+        for i, seed in enumerate(drawn):
+            name, png = _named_png(seed, images[i])
+            rows.append({"image": {"bytes": png, "path": name}, "seed": seed, "label": labels and labels[i]})
+    with whole_file(_shard(folder, seeds, "parquet")) as new:
+        pq.write_table(pa.Table.from_pylist(rows, schema=features.arrow_schema), new)
+
+
+def _png_seeds(file: Path) -> list[int]:
+    return [int(file.stem)]
+
+
+def _zip_seeds(file: Path) -> list[int]:
+    with zipfile.ZipFile(file) as archive:
+        return [int(Path(name).stem) for name in archive.namelist()]
+
+
+def _parquet_seeds(file: Path) -> list[int]:
+    return pq.read_table(file, columns=["seed"])["seed"].to_pylist()
+
+
+class Format(NamedTuple):
+    """How images become files."""
+
+    pattern: str
+    """a regular expression of its file names"""
+    seeds: Callable[[Path], list[int]]
+    """the seeds of the images in a file"""
+    write: Callable[[Path, list[int], Iterable[Batch], int], None]
+    """write the images of these seeds, drawn as they are taken from the batches, of so many classes, to a folder"""
+    sharded: bool
+    """whether a file holds many images"""
+
+
+FORMATS = {
+    "png": Format(r"\d{6,}\.png", _png_seeds, _write_png, sharded=False),
+    "zip": Format(r"\d{6,}-\d{6,}\.zip", _zip_seeds, _write_zip, sharded=True),
+    "parquet": Format(r"\d{6,}-\d{6,}\.parquet", _parquet_seeds, _write_parquet, sharded=True),
+}
+
+
+def seeds_in(folder: Path, output_format: str) -> set[int]:
+    """The seeds of the images that a folder holds in this format."""
+    row = FORMATS[output_format]
+    files = (path for path in folder.iterdir() if re.fullmatch(row.pattern, path.name))
+    return {seed for file in files for seed in row.seeds(file)}
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def generate(config: GenerateConfig) -> Path:
+    """Draw the images that the folder does not hold yet, on all processes.
+
+    Returns:
+        The folder, when all images are in it.
+
+    Raises:
+        ValueError: for a config that cannot work or a folder with images of another one, in one sentence.
+    """
+    # said outright, so that several processes on CPUs find each other; those that are done wait for the others
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
+    with state.main_process_first():  # it fills the cache of the Hub
+        pipeline = pipeline_for(config).to(state.device)
+    try_out(config, pipeline)
+    folder = Path(config.output_dir)
+    if state.is_main_process:
+        kept = {"output_format": config.output_format, "seeds": config.seeds}
+        open_folder(folder, protocol(config, pipeline) | kept)
+    state.wait_for_everyone()
+    held, seeds = seeds_in(folder, config.output_format), parse_seeds(config.seeds)
+    state.wait_for_everyone()  # none writes before all have looked
+    missing = [seed for seed in seeds if seed not in held]
+    state.print(f"{len(seeds)} images in {folder}, of which {len(missing)} are missing and drawn now")
+    size = config.shard_size if FORMATS[config.output_format].sharded else config.batch_size
+    parts = [missing[start : start + size] for start in range(0, len(missing), size)]
+    with state.split_between_processes(parts) as share:
+        draw(config, pipeline, folder, share, state)
+    state.wait_for_everyone()
+    return folder
+
+
+def open_folder(folder: Path, new: dict[str, Any]) -> None:
+    """Make the folder, or clear one of what a kill left half-written, and write the protocol into it.
+
+    Raises:
+        ValueError: where it cannot be written, or holds images of another protocol or of seeds not asked for.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            if any(re.fullmatch(rf"\.{row.pattern}\.new", path.name) for row in FORMATS.values()):
+                path.unlink()
+        begun = any(seeds_in(folder, output_format) for output_format in FORMATS)
+        earlier = check_continuation(folder, new) if begun else []
+        versions = [*(each for each in earlier if each != new["versions"]), new["versions"]]
+        replace_text(folder / GENERATION, json.dumps(new | {"versions": versions}, indent=2) + "\n")
+    except OSError as error:
+        raise ValueError(f"output_dir={str(folder)!r} cannot be written: {error.strerror}.") from error
+
+
+def check_continuation(folder: Path, new: dict[str, Any]) -> list[dict[str, str]]:
+    """Check that the images that a folder holds are some of those of the protocol `new`; the versions that drew them.
+
+    Raises:
+        ValueError: where they are not, naming what differs.
+    """
+    if not (folder / GENERATION).exists():
+        raise ValueError(f"output_dir={str(folder)!r} holds images but no {GENERATION}; choose another folder.")
+    old = json.loads((folder / GENERATION).read_text())
+    before, after = _flat(old), _flat(new)
+    for key in before | after:
+        if key.split(".")[0] not in NOT_COMPARED and before.get(key) != after.get(key):
+            raise ValueError(
+                f"output_dir={str(folder)!r} holds images of {key}={before.get(key)!r}, not {after.get(key)!r}; "
+                "choose another folder, or the same settings."
+            )
+    if not set(parse_seeds(old["seeds"])) <= set(parse_seeds(new["seeds"])):
+        raise ValueError(
+            f"output_dir={str(folder)!r} holds images of seeds={old['seeds']!r}, which are not all in {new['seeds']!r};"
+            " choose another folder, or seeds that include them."
+        )
+    return old["versions"]
+
+
+def _flat(entries: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A mapping without mappings in it: their keys are joined with dots."""
+    flat: dict[str, Any] = {}
+    for key, value in entries.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def draw(
+    config: GenerateConfig, pipeline: DDPMPipeline, folder: Path, parts: list[list[int]], state: PartialState
+) -> None:
+    """Draw and write this process's parts; the main process shows its own progress."""
+    cycle = label_cycle(pipeline.unet, config.class_labels)
+    classes = 0 if cycle is None else len(label_cycle(pipeline.unet, "balanced") or ())
+    whose = "images" if state.num_processes == 1 else f"images of the first of {state.num_processes} processes"
+    layout = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+    total = sum(map(len, parts))
+    with tqdm(total=total, desc=whose, unit=" images", bar_format=layout, disable=not state.is_main_process) as bar:
+
+        def counted(batches: Iterator[Batch]) -> Iterator[Batch]:
+            for batch in batches:
+                yield batch
+                bar.update(len(batch[0]))
+
+        for seeds in parts:
+            batches = counted(sample_images(pipeline, seeds, config.batch_size, **config.call_options()))
+            FORMATS[config.output_format].write(folder, seeds, batches, classes)

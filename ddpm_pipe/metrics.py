@@ -1,0 +1,191 @@
+"""How good generated images are, by their features (n, D) beside those of reference images.
+
+FID, KID and the Inception score are those of torchmetrics, in float64; it has no precision and recall.
+"""
+
+import math
+import warnings
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FULL_COUNT = 50_000
+"""Generated images from which on a metric needs no count in its name: it depends on how many there are."""
+
+SUBSETS, SUBSET_SIZE = 100, 1000
+SPLITS = 10
+MIN_COUNT = 2 * SPLITS
+BLOCK = 1000  # features that are worked on at a time
+
+
+def _torchmetrics(module: str) -> ModuleType:
+    try:
+        return import_module(f"torchmetrics.image.{module}")
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision made for another torch
+        raise ValueError(
+            f"evaluation needs torchmetrics, which cannot be imported ({error}): install ddpm_pipe[eval]."
+        ) from error
+
+
+# ---------------------------------------------------------------- distances of distributions
+
+
+class _Given(nn.Module):
+    """Stands for the feature network of a metric that is given the features."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def frechet_distance(generated: Tensor, reference: Tensor) -> float:
+    """FID of features (n, D) and (m, D): of the Gaussians with their means and covariances (Heusel et al. 2017, eq. 6).
+
+    ||m1 - m2||^2 + tr(C1 + C2 - 2 (C1 C2)^{1/2}), at least 0.
+    """
+    metric = _torchmetrics("fid").FrechetInceptionDistance(_Given(generated.shape[1]), sync_on_compute=False)
+    for features, real in ((generated, False), (reference, True)):
+        for block in features.cpu().split(BLOCK):
+            metric.update(block.double(), real=real)
+    return max(0.0, metric.compute().item())  # of equal sets it is rounding, and may be negative
+
+
+def kernel_distance(generated: Tensor, reference: Tensor, seed: int = 0) -> tuple[float, float]:
+    """KID of features (n, D) and (m, D), without bias, and its standard error (Binkowski et al. 2018, section 3).
+
+    The squared maximum mean discrepancy of the kernel (x.y / D + 1)^3, a mean over 100 subsets of 1000 of each, or of
+    half of the smaller set where that is less. How subsets scatter gives the error of the whole (the delete-d jackknife
+    of Shao and Wu 1989), with the larger set taken to be as small as the other.
+    """
+    poly_mmd = _torchmetrics("kid").poly_mmd
+    count = min(len(generated), len(reference))
+    size = min(SUBSET_SIZE, count // 2)
+    generator = torch.Generator().manual_seed(seed)
+
+    def subset(features: Tensor) -> Tensor:
+        rows = torch.randperm(len(features), generator=generator)[:size]
+        return features[rows.to(features.device)].double()
+
+    distances = torch.stack([poly_mmd(subset(reference), subset(generated)) for _ in range(SUBSETS)])
+    scatter = distances.std(correction=0).item()
+    return distances.mean().item(), scatter * math.sqrt(size / (count - size) + 1 / SUBSETS)
+
+
+def inception_score(logits: Tensor, seed: int = 0) -> tuple[float, float]:
+    """exp E KL(p(y|x) || p(y)) from logits (n, K): mean and standard deviation over 10 parts (Salimans et al. 2016).
+
+    The images are shuffled by the seed first: generated ones may be sorted by class.
+    """
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.filterwarnings("ignore", message=".*will save all extracted features")
+        torch.manual_seed(seed)
+        metric = _torchmetrics("inception").InceptionScore(nn.Identity(), SPLITS, sync_on_compute=False)
+        metric.update(logits.cpu().double())
+        mean, std = metric.compute()
+    return mean.item(), std.item()
+
+
+# ---------------------------------------------------------------- manifolds
+
+
+def precision_recall(
+    generated: Tensor, reference: Tensor, neighbours: int = 3, block: int = BLOCK
+) -> tuple[float, float]:
+    """Precision and recall of features (n, D) and (m, D), both in [0, 1] (Kynkaanniemi et al. 2019, eq. 1 and 2).
+
+    Precision is the share of generated images that lie in the manifold of the reference: within the distance of its
+    k-th nearest neighbour from some reference image. Recall is the same with the two exchanged.
+
+    Args:
+        generated, reference: features, more than `neighbours` of each.
+        neighbours: k.
+        block: how many features of a set are compared with how many of the other at a time; no matter for the result.
+    """
+    return (
+        _share_within(generated, reference, neighbours, block),
+        _share_within(reference, generated, neighbours, block),
+    )
+
+
+def _share_within(features: Tensor, manifold: Tensor, neighbours: int, block: int) -> float:
+    """The share of `features` that lie in one of the balls around `manifold`."""
+    radii = [
+        # the nearest of all is the point itself
+        _distances(rows, manifold, block).kthvalue(neighbours + 1).values
+        for rows in manifold.split(block)
+    ]
+    within = [(_distances(rows, manifold, block) <= torch.cat(radii)).any(1) for rows in features.split(block)]
+    return torch.cat(within).double().mean().item()
+
+
+def _distances(rows: Tensor, features: Tensor, block: int) -> Tensor:
+    """(n, D) and (m, D) -> (n, m)."""
+    return torch.cat([torch.cdist(rows.double(), part.double()) for part in features.split(block)], 1)
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def evaluate_features(
+    generated: Tensor, reference: Tensor, logits: Tensor | None = None, network: str = "unnamed features"
+) -> list[dict[str, Any]]:
+    """All metrics, as the `metrics` of an evaluation.json; fewer than 50,000 generated images are named: FID-5000.
+
+    Args:
+        generated: features of the generated images, (n, D), n at least 20.
+        reference: features of the reference images, (m, D), m at least 20.
+        logits: of the generated images, (n, K); without them there is no Inception score.
+        network: what computed the features, for the protocols.
+
+    Returns:
+        type, name, value and protocol of each.
+
+    Raises:
+        ValueError: where there are too few images, features of different sizes or numbers that are not finite.
+    """
+    _check(generated, reference, logits)
+    kid, kid_error = kernel_distance(generated, reference)
+    precision, recall = precision_recall(generated, reference)
+    nearest = "3 nearest neighbours"
+    results = [
+        ("fid", "FID", frechet_distance(generated, reference), ""),
+        ("kid", "KID", kid, f"standard error {kid_error:.2g}"),
+        ("precision", "precision", precision, nearest),
+        ("recall", "recall", recall, nearest),
+    ]
+    if logits is not None:
+        score, score_std = inception_score(logits)
+        results.insert(2, ("inception_score", "IS", score, f"standard deviation {score_std:.2g} of {SPLITS} parts"))
+    count = "" if len(generated) >= FULL_COUNT else f"-{len(generated)}"
+    images = f"{len(generated)} generated and {len(reference)} reference images"
+    return [
+        {
+            "type": kind,
+            "name": name + count,
+            "value": value,
+            "protocol": ", ".join(filter(None, [images, detail, network])),
+        }
+        for kind, name, value, detail in results
+    ]
+
+
+def _check(generated: Tensor, reference: Tensor, logits: Tensor | None) -> None:
+    given = {"generated": generated, "reference": reference} | ({} if logits is None else {"logits": logits})
+    for name, numbers in given.items():
+        if numbers.ndim != 2 or len(numbers) < MIN_COUNT:
+            raise ValueError(
+                f"{name} of shape {tuple(numbers.shape)} must be one line for each of at least {MIN_COUNT} images."
+            )
+        if not numbers.isfinite().all():
+            raise ValueError(f"{name} must be finite, and {int((~numbers.isfinite()).any(1).sum())} images are not.")
+    if generated.shape[1] != reference.shape[1]:
+        sizes = f"{generated.shape[1]} and {reference.shape[1]}"
+        raise ValueError(f"generated and reference must be features of one size, not of {sizes}.")
+    if logits is not None and len(logits) != len(generated):
+        raise ValueError(f"logits must be of the {len(generated)} generated images, not of {len(logits)}.")

@@ -1,0 +1,117 @@
+"""A small real feature network, where Inception cannot be had: a classifier of the bundled pictures.
+
+`python tests/feature_network.py out.pt` trains it and saves it as TorchScript, for `--features out.pt`.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pypi
+import pytest
+import torch
+import torchmetrics  # noqa: F401  before torchvision has its stand-in
+from filelock import FileLock
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ddpm_pipe.data import load_images
+
+BUNDLED = str(Path(__file__).parent.parent / "examples" / "fashion_mnist")
+BATCH_SIZE = 100
+
+
+class Classifier(nn.Module):
+    """uint8 (B, 3, H, W), H and W at least 8 -> features (B, 128) and logits (B, classes), float32."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+
+        def block(before: int, after: int) -> list[nn.Module]:
+            return [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+
+        pool = nn.MaxPool2d(2)
+        self.layers = nn.Sequential(*block(3, 16), pool, *block(16, 32), pool, *block(32, 64), pool, *block(64, 128))
+        self.head = nn.Linear(128, classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.layers(images.float() / 127.5 - 1).mean((2, 3))
+        return features, self.head(features)
+
+
+def train_classifier(data: str = BUNDLED, split: str = "train", epochs: int = 6) -> Classifier:
+    """Train on labelled images, grey or RGB; the same weights every time on one machine with one thread."""
+    images = load_images(data, split, with_labels=True)
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = Classifier(len(images.class_names)).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.02)
+    steps = len(images) // BATCH_SIZE * epochs
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
+    for _ in range(epochs):
+        order = torch.randperm(len(images), generator=generator)
+        for positions in order[: len(order) // BATCH_SIZE * BATCH_SIZE].split(BATCH_SIZE):
+            pixels, labels = images.take(positions)
+            loss = cross_entropy(network(pixels.expand(-1, 3, -1, -1))[1], labels, label_smoothing=0.05)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return network.eval()
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, data: str = BUNDLED, split: str = "test") -> float:
+    """The share of labelled images whose class has the highest logit."""
+    images = load_images(data, split, with_labels=True)
+    hits = []
+    for positions in torch.arange(len(images)).split(BATCH_SIZE):
+        pixels, labels = images.take(positions)
+        hits.append(network(pixels.expand(-1, 3, -1, -1))[1].argmax(1) == labels)
+    return torch.cat(hits).double().mean().item()
+
+
+@pytest.fixture(scope="session")
+def feature_file(tmp_path_factory) -> str:
+    """The classifier as TorchScript, trained once for all workers."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of the whole session; without workers, of all sessions
+    file = folder / "feature_network.pt"
+    with FileLock(file.with_suffix(".lock")):
+        if not file.exists():
+            torch.jit.script(train_classifier()).save(str(file))
+    return str(file)
+
+
+@pytest.fixture
+def torch_fidelity(tmp_path_factory, monkeypatch):
+    """The library without its torchvision, which neither Inception nor the metrics use."""
+    names = ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional")
+    modules = {name: ModuleType(name) for name in names}
+    for name in names[1:]:
+        parent, child = name.rsplit(".", 1)
+        setattr(modules[parent], child, modules[name])
+    vars(modules["torchvision.datasets"]).update(
+        dict.fromkeys(("CIFAR10", "CIFAR100", "STL10"), object)
+    )  # base classes
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    folder = pypi.unpacked("torch-fidelity", "0.4.0", tmp_path_factory.getbasetemp())
+    with pypi.importable(folder, "torch_fidelity"):
+        yield
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", help="where to save it")
+    parser.add_argument("--data", default=BUNDLED, help="labelled images, as examples/train.py takes them")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--epochs", type=int, default=6)
+    options = parser.parse_args()
+    classifier = train_classifier(options.data, options.split, options.epochs)
+    torch.jit.script(classifier).save(options.file)
+    print(f"{accuracy(classifier):.3f} of the bundled test images are classified rightly")

@@ -1,0 +1,151 @@
+"""Evaluation of a whole model: the JSON, its protocol, sweeps, bits per dimension, and what is refused."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from feature_network import feature_file  # noqa: F401
+from huggingface_hub import ModelCard
+from runs import NETWORK, REPO, make_recipe, write_config
+
+from ddpm_pipe import DDPMPipeline
+from ddpm_pipe.card import make_card
+from ddpm_pipe.config import parse_config
+from ddpm_pipe.data import load_images, to_unit_range
+from ddpm_pipe.evaluate import EvaluateConfig, denoiser, evaluate
+from ddpm_pipe.likelihood import variational_bound
+
+DATA = str(REPO / "examples" / "fashion_mnist")
+
+
+@pytest.fixture(scope="module")
+def run(lives, few_images, tmp_path_factory) -> Path:
+    """A finished run of a few steps, with classes and self-conditioning."""
+    config = make_recipe(
+        tmp_path_factory.mktemp("evaluated") / "run",
+        unet=NETWORK | {"self_condition": True},
+        data=few_images,
+        class_conditional=True,
+    )
+    lives.complete(write_config(config))
+    return Path(config.output_dir)
+
+
+@pytest.fixture
+def measure(run, feature_file, few_images, tmp_path, fresh_accelerate):  # noqa: F811
+    """evaluate() with flags as on the command line; what it wrote."""
+
+    def measure(*argv: str) -> dict:
+        argv = ("--model", str(run / "pipeline"), "--data", few_images, "--split", "train", "--steps", "2", *argv)
+        argv += ("--features", feature_file, "--output_dir", str(tmp_path / "out"), "--batch_size", "16")
+        return json.loads(evaluate(parse_config(EvaluateConfig, argv)).read_text())
+
+    return measure
+
+
+def values(result: dict) -> dict[str, float]:
+    return {row["name"]: row["value"] for row in result["metrics"]}
+
+
+def test_all_metrics_of_the_images_are_written_with_their_protocol(measure, run):
+    result = measure("--num_images", "40", "--class_labels", "balanced")
+    assert list(values(result)) == ["FID-40", "KID-40", "IS-40", "precision-40", "recall-40"]
+    assert all(math.isfinite(value) for value in values(result).values())
+    for row in result["metrics"]:
+        assert "40 generated and 60 reference images" in row["protocol"]
+        assert "DDPMScheduler, 2 steps, classes balanced, seeds 0-39" in row["protocol"]
+    (point,) = result["points"]
+    assert point["sampling"]["unet_sha256"] and point["sampling"]["steps"] == 2 and point["seconds_per_image"] > 0
+    assert result["data"]["train"] == 60 and result["features"]["hash"]
+
+
+def test_the_same_images_have_the_same_distance_in_other_batches(measure):
+    first = values(measure("--num_images", "40"))
+    second = values(measure("--num_images", "40", "--batch_size", "7"))
+    assert second["FID-40"] == pytest.approx(first["FID-40"], rel=0.02)  # rounding of the network to 8 bits
+
+
+def test_a_sweep_measures_each_setting_and_draws_it(measure, tmp_path):
+    result = measure("--num_images", "20", "--scheduler", "ddim", "--sweep", "steps=2,4", "eta=0,1")
+    settings = [point["settings"] for point in result["points"]]
+    assert settings == [{"steps": s, "eta": e} for s in (2, 4) for e in (0.0, 1.0)]
+    assert [point["sampling"]["steps"] for point in result["points"]] == [2, 2, 4, 4]
+    assert len({row["value"] for row in result["metrics"] if row["type"] == "fid"}) == 4
+    assert "eta 1" in result["points"][1]["metrics"][0]["protocol"]
+    assert (tmp_path / "out" / "sweep.png").stat().st_size > 10_000
+
+
+def test_a_sweep_over_models_compares_averages(measure, run, tmp_path):
+    other = tmp_path / "ema-0.05"
+    pipeline = DDPMPipeline.from_pretrained(run / "pipeline")
+    with torch.no_grad():
+        pipeline.unet.conv_out.weight.zero_()
+    pipeline.save_pretrained(other)
+    result = measure("--num_images", "20", "--sweep", f"model={run / 'pipeline'},{other}")
+    first, second = (point["metrics"][0]["value"] for point in result["points"])
+    assert first != second
+    hashes = [point["sampling"]["unet_sha256"] for point in result["points"]]
+    assert hashes[0] != hashes[1]
+
+
+def test_bits_per_dimension_are_the_bound_of_the_held_out_images(measure, run, few_images):
+    result = measure("--num_images", "0", "--bits_images", "30", "--bits_terms", "19", "--class_labels", "balanced")
+    (row,) = result["metrics"]
+    assert row["value"] == pytest.approx(sum(row["terms"].values())) and row["standard_error"] > 0
+    assert "given their labels" in row["protocol"] and "19 of 19 terms" in row["protocol"]
+
+    data = load_images(few_images, "train", with_labels=True, resolution=[8, 8], channels=1)
+    pipeline = DDPMPipeline.from_pretrained(run / "pipeline")
+    images, labels = data.take(torch.arange(30))
+    totals = []
+    for seed in range(4):  # other draws of the noise
+        draw = torch.Generator().manual_seed(seed)
+        bound = variational_bound(denoiser(pipeline, labels), pipeline.scheduler, to_unit_range(images), 19, draw)
+        totals.append(bound.total.mean().item())
+    assert min(totals) - 0.2 < row["value"] < max(totals) + 0.2
+
+
+def test_neighbours_are_drawn_and_compared_with_those_of_real_images(measure, tmp_path):
+    result = measure("--num_images", "20", "--neighbours", "5")
+    row = result["metrics"][-1]
+    assert row["type"] == "memorisation" and row["value"] > 0 and "5 samples" in row["protocol"]
+    assert (tmp_path / "out" / "neighbours.png").exists()
+
+
+def test_the_model_card_shows_what_was_measured(run, feature_file, few_images, fresh_accelerate):  # noqa: F811
+    argv = ["--model", str(run / "pipeline"), "--data", few_images, "--split", "train", "--steps", "2"]
+    file = evaluate(parse_config(EvaluateConfig, [*argv, "--num_images", "20", "--features", feature_file]))
+    assert file == run / "evaluation.json"
+    card = make_card(run, run / "pipeline", "org/mine")
+    shown = {result.metric_name: result.metric_value for result in ModelCard(str(card)).data.eval_results}
+    fid = json.loads(file.read_text())["metrics"][0]
+    assert shown["FID-20"] == pytest.approx(fid["value"]) and fid["protocol"] in card.text
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"data": ""}, "data must name the real images"),
+        ({"num_images": -1}, "num_images=-1 must be at least 0"),
+        ({"neighbours": 9, "num_images": 8}, "neighbours=9 must be at most num_images=8"),
+        ({"sweep": ["shape=1"]}, "sweep='shape=1' must be option=value"),
+        ({"sweep": ["steps"]}, "sweep='steps' must be option=value"),
+        ({"sweep": ["steps=1,few"]}, "sweep='steps=1,few': steps takes values of type int"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_sentence(options, told):
+    with pytest.raises(ValueError, match=told):
+        EvaluateConfig(**{"model": "m", "data": DATA} | options)
+
+
+def test_more_images_than_there_are_have_no_bits(measure):
+    with pytest.raises(ValueError, match="bits_images=61 is more than the 60 images"):
+        measure("--num_images", "0", "--bits_images", "61")
+
+
+def test_results_of_a_model_without_a_run_need_a_folder(tmp_path):
+    config = EvaluateConfig(model=str(tmp_path / "pipeline"), data=DATA)
+    with pytest.raises(ValueError, match="output_dir must be given"):
+        evaluate(config)
