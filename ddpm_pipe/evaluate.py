@@ -106,9 +106,11 @@ def evaluate(config: EvaluateConfig) -> Path:
     with state.main_process_first():  # it fills the caches
         pipeline = pipeline_for(config).to(state.device)
         training = real_images(config, config.train_split, pipeline)
-        held_out = real_images(config, config.split, pipeline)
+        held_out = training
+        if config.bits_images or config.neighbours:
+            held_out = real_images(config, config.split, pipeline)
     result: dict[str, Any] = {
-        "data": {"name": Path(config.data).name, config.train_split: len(training), config.split: len(held_out)},
+        "data": {"name": Path(config.data).name, config.train_split: len(training)},
         "sampling": protocol(config, pipeline),
         "points": [],
         "metrics": [],
@@ -120,18 +122,19 @@ def evaluate(config: EvaluateConfig) -> Path:
         for settings in config.points():
             point = measure_samples(replace(config, sweep=[], **settings), network, reference, state)
             result["points"].append({"settings": settings} | point)
-            result["metrics"] += point["metrics"]
+        result["metrics"] += min(result["points"], key=distance)["metrics"]  # of a sweep, the best
+    rest: list[Row] = []
     if config.bits_images:
-        result["metrics"].append(measure_bits(config, pipeline, held_out, state))
+        rest.append(measure_bits(config, pipeline, held_out, state))
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         if config.neighbours:
-            picture = folder / "neighbours.png"
-            result["metrics"].append(measure_neighbours(config, pipeline, training, held_out, picture))
+            rest.append(measure_neighbours(config, pipeline, training, held_out, folder / "neighbours.png"))
         if config.sweep and config.num_images:
             draw_sweep(result["points"], folder / "sweep.png")
+        result["metrics"] += rest
         replace_text(folder / EVALUATION, json.dumps(result, indent=2) + "\n")
-        print(table(result["metrics"]))
+        print(table([row for point in result["points"] for row in point["metrics"]] + rest))
     state.wait_for_everyone()
     return folder / EVALUATION
 
@@ -174,8 +177,17 @@ def measure_samples(
     metrics = evaluate_features(features, reference, logits, network.name)
     sampler = describe_sampler(config, pipeline)
     for row in metrics:
+        if config.features != "inception":  # no number of another network may pass for an FID
+            row["name"] += f" of {Path(config.features).name}"
+            row["type"] += "_of_other_features"
         row["protocol"] += f"; {sampler}, seeds 0-{config.num_images - 1}"
     return {"sampling": protocol(config, pipeline), "seconds_per_image": seconds, "metrics": metrics}
+
+
+def distance(point: dict[str, Any]) -> float:
+    """The FID of a measured setting."""
+    (fid,) = [row["value"] for row in point["metrics"] if row["type"].startswith("fid")]
+    return fid
 
 
 def describe_sampler(config: SampleConfig, pipeline: PixelDiffusionPipeline) -> str:
@@ -277,15 +289,14 @@ def draw_sweep(points: list[dict[str, Any]], file: Path) -> None:
     by_steps, by_time = figure.subplots(1, 2)
     lines: dict[str, list[tuple[float, float, float]]] = {}
     for point in points:
-        (fid,) = [row for row in point["metrics"] if row["type"] == "fid"]
         rest = ", ".join(f"{name}={value}" for name, value in point["settings"].items() if name != "steps")
-        lines.setdefault(rest, []).append((point["sampling"]["steps"], point["seconds_per_image"], fid["value"]))
+        lines.setdefault(rest, []).append((point["sampling"]["steps"], point["seconds_per_image"], distance(point)))
     for rest, values in lines.items():
         steps, seconds, distances = zip(*sorted(values), strict=True)
         by_steps.plot(steps, distances, marker="o", label=rest)
         by_time.plot(seconds, distances, marker="o", label=rest)
     for axis, label in ((by_steps, "steps"), (by_time, "seconds per image and process")):
-        axis.set(xscale="log", yscale="log", xlabel=label, ylabel=fid["name"])
+        axis.set(xscale="log", yscale="log", xlabel=label, ylabel=points[0]["metrics"][0]["name"])
         if any(lines):
             axis.legend(fontsize="x-small")
     figure.savefig(file, dpi=100)

@@ -159,7 +159,13 @@ def run_on_two(function, *arguments) -> None:
     """Run it in two processes as `torchrun` does, but for the seconds that importing takes."""
     counts = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 2, "max_restarts": 0}
     meeting = {"run_id": "test", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
-    elastic_launch(LaunchConfig(**counts, **meeting, start_method="forkserver"), function)(*arguments)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    handlers |= {number: signal.getsignal(number) for number in (signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)}
+    try:
+        elastic_launch(LaunchConfig(**counts, **meeting, start_method="forkserver"), function)(*arguments)
+    finally:
+        for number, handler in handlers.items():  # it leaves its own, to the tests after this one
+            signal.signal(number, handler)
 
 
 @pytest.mark.slow
@@ -273,6 +279,16 @@ def test_a_finished_folder_is_left_as_it_is(config, capsys):
     generate(config())
     assert stamps(folder) == before
     assert "10 images in " in capsys.readouterr().out
+
+
+def test_what_a_kill_left_half_written_is_removed_and_nothing_else(config):
+    chosen = config()
+    folder = Path(chosen.output_dir)
+    folder.mkdir()
+    for name in (".000042.png.new", ".000000-000041.zip.new", ".000000-000041.parquet.new", ".mine", ".mine.png.new"):
+        (folder / name).write_bytes(b"half")
+    generate(chosen)
+    assert {path.name for path in folder.glob(".*")} == {".mine", ".mine.png.new"}
 
 
 def test_without_a_kill_a_failure_leaves_nothing_half_written(config, monkeypatch):
