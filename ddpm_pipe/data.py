@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
+import fsspec
 import numpy as np
 import psutil
 import torch
@@ -125,10 +126,13 @@ def read_labels(dataset: datasets.Dataset, column: str) -> tuple[Tensor, tuple[s
 
 
 def open_image(cell: dict | None) -> Image.Image:
-    """A PIL image, upright, from the bytes or the path in a cell of the image column; only the header is read."""
+    """A PIL image, upright, from the bytes or the path in a cell of the image column, not decoded yet."""
     if cell is None:
         raise ValueError("there is no image")
     source = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
+    if isinstance(source, str) and "://" in source:  # inside a zip file
+        with fsspec.open(source) as file:
+            source = io.BytesIO(file.read())
     return ImageOps.exif_transpose(Image.open(source))
 
 

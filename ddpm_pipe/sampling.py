@@ -13,6 +13,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import ModelMixin, SchedulerMixin
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 
 from ddpm_pipe.config import JsonDict, option
@@ -152,7 +153,10 @@ def pipeline_for(config: SampleConfig) -> DDPMPipeline:
         ValueError: for a model, scheduler, option or count of steps that cannot be.
     """
     local = Path(config.model).is_dir()
-    folder = config.model if local else DDPMPipeline.download(config.model, revision=config.revision)
+    try:
+        folder = config.model if local else DDPMPipeline.download(config.model, revision=config.revision)
+    except HFValidationError as error:
+        raise ValueError(f"model={config.model!r} is neither a folder here nor the id of a repository.") from error
     pipeline = DDPMPipeline.from_pretrained(folder)
     if config.dtype != "float32":
         pipeline.unet.to(getattr(torch, config.dtype))

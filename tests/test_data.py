@@ -1,5 +1,6 @@
 """Images in, uint8 tensors out; order as a function of the seed; every bad input one sentence."""
 
+import shutil
 from pathlib import Path
 
 import datasets
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from ddpm_pipe.data import Batches, ImageData, load_images, to_array, to_unit_range
+from ddpm_pipe.stream import stream_images
 
 RED, GREY = (200, 30, 40), 90
 
@@ -37,6 +39,15 @@ def test_folder_of_images_is_read_pixel_for_pixel(tmp_path):
     data = load_images(folder(tmp_path, *originals))
     assert data.images.dtype == torch.uint8
     assert torch.equal(data.images, torch.stack([pixels(picture) for picture in originals]))
+
+
+def test_a_zip_file_of_images_is_read_pixel_for_pixel(tmp_path):
+    originals = [image(seed=i) for i in range(5)]
+    file = shutil.make_archive(str(tmp_path / "images"), "zip", folder(tmp_path / "images", *originals))
+    expected = torch.stack([pixels(picture) for picture in originals])
+    assert torch.equal(load_images(file).images, expected)
+    stream = stream_images(file, resolution=[6, 8], channels=3)
+    assert stream.shape == (3, 6, 8)
 
 
 def test_class_subfolders_become_labels(tmp_path):

@@ -168,6 +168,11 @@ def run_on_two(function, *arguments) -> None:
             signal.signal(number, handler)
 
 
+def test_a_model_that_is_nowhere_is_one_sentence():
+    with pytest.raises(ValueError, match=r"model='no/such/folder' is neither a folder here nor the id"):
+        pipeline_for(GenerateConfig(model="no/such/folder"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("output_format", FORMATS)
 def test_two_processes_draw_the_images_of_one(config, output_format):
