@@ -25,9 +25,11 @@ class Draws(NamedTuple):
     self_condition: bool
     """whether the network is shown its own estimate; the same for the whole batch"""
 
-    def conditions(self, labels: Tensor | None, null_class: int) -> dict[str, Tensor]:
+    def conditions(self, labels: Tensor | None, null_class: int | None) -> dict[str, Tensor]:
         """What the network is told besides x_t and t: the labels (n,), some of them hidden, or nothing."""
-        return {} if labels is None else {"class_labels": torch.where(self.hide_label, null_class, labels)}
+        if labels is None or null_class is None:
+            return {}
+        return {"class_labels": torch.where(self.hide_label, null_class, labels)}
 
 
 def micro_batches(

@@ -194,7 +194,7 @@ def describe_sampler(config: SampleConfig, pipeline: PixelDiffusionPipeline) -> 
     """The sampler of a protocol, in a few words."""
     steps = config.steps or pipeline.scheduler.config.num_train_timesteps
     parts = [f"{type(pipeline.scheduler).__name__}, {steps} steps"]
-    parts += [f"{name} {getattr(config, name):g}" for name in ("eta",) if getattr(config, name)]
+    parts += [f"eta {config.eta:g}"] if config.eta else []
     parts += [f"guidance {config.guidance_scale:g}"] if config.guidance_scale != 1 else []
     parts += [f"classes {config.class_labels}"] if config.class_labels else []
     return ", ".join(parts)

@@ -1,6 +1,7 @@
 """What tells a healthy run from a sick one: sample grids and the loss on images held out."""
 
 import math
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -10,6 +11,7 @@ from PIL import Image
 from ddpm_pipe.data import ImageData, to_unit_range
 from ddpm_pipe.log import Log, mean_by_timestep, named_means
 from ddpm_pipe.objective import Objective
+from ddpm_pipe.pipeline import null_class
 from ddpm_pipe.portable import DDPMPipeline
 from ddpm_pipe.randomness import generator
 from ddpm_pipe.recipe import TrainConfig
@@ -57,13 +59,14 @@ def held_out_loss(
 
 def sample_grid(config: TrainConfig, pipeline: DDPMPipeline) -> Image.Image:
     """A grid drawn with DDIM from the same noise each time; with classes, one column per class."""
-    unet, count, options = pipeline.unet, config.num_samples, {}
+    unet, count = pipeline.unet, config.num_samples
+    options: dict[str, Any] = {}
     columns = math.ceil(math.sqrt(count))
     sampler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
     pipeline = DDPMPipeline(unet, sampler)
     pipeline.set_progress_bar_config(disable=True)
-    if config.class_conditional:
-        classes = unet.config.num_class_embeds - (not hasattr(unet, "null_class"))
+    classes = null_class(unet)
+    if config.class_conditional and classes is not None:
         columns = min(classes, count)
         options = {"class_labels": torch.arange(count) % classes, "guidance_scale": config.guidance_scale}
     noise = generator(config.seed, "sample")

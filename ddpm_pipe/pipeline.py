@@ -19,6 +19,15 @@ from ddpm_pipe.prediction import PREDICTIONS
 OUTPUT_TYPES = ("pil", "np", "pt")
 
 
+def null_class(unet: ModelMixin) -> int | None:
+    """The label that stands for "no label", one more than the last class; None for a network without classes.
+
+    A stock UNet2DModel has none of its own: by convention it is the last of its embeddings.
+    """
+    classes = unet.config.get("num_class_embeds")
+    return None if classes is None else getattr(unet, "null_class", classes - 1)
+
+
 class PixelDiffusionPipeline(DiffusionPipeline):
     """Unconditional and class-conditional generation in pixel space.
 
@@ -215,13 +224,11 @@ class PixelDiffusionPipeline(DiffusionPipeline):
 
     def _labels(self, class_labels: int | list[int] | Tensor | None, batch_size: int, scale: float) -> Tensor | None:
         """Labels (B,) for the network; with guidance (2B,), the second half being the null class."""
-        classes = self.unet.config.get("num_class_embeds")
-        if classes is None:
+        null = null_class(self.unet)
+        if null is None:
             if class_labels is not None or scale != 1.0:
                 raise ValueError("class_labels and guidance_scale need a network with classes; this one has none.")
             return None
-        # a stock UNet2DModel has no null class of its own: by convention it is the last of its embeddings
-        null = getattr(self.unet, "null_class", classes - 1)
         labels = torch.as_tensor(null if class_labels is None else class_labels, device=self._execution_device)
         if labels.ndim > 0 and len(labels) != batch_size:
             raise ValueError(

@@ -19,7 +19,7 @@ from ddpm_pipe.pipeline import PixelDiffusionPipeline
 from ddpm_pipe.schedulers import DDIMScheduler, DDPMScheduler
 from ddpm_pipe.unet import DDPMUNet2DModel
 
-NETWORKS = {cls.__name__: cls for cls in (DDPMUNet2DModel, UNet2DModel)}
+NETWORKS: dict[str, type[ModelMixin]] = {cls.__name__: cls for cls in (DDPMUNet2DModel, UNet2DModel)}
 SAMPLERS = {cls.__name__: cls for cls in (DDPMScheduler, DDIMScheduler)}
 
 CODE = {"unet": "ddpm_unet", "scheduler": "ddpm_schedulers", "pipeline": "ddpm_pipeline"}

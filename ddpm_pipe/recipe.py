@@ -5,26 +5,25 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from diffusers import ModelMixin, UNet2DModel
+from diffusers import ModelMixin
 
 from ddpm_pipe.config import JsonDict, option
 from ddpm_pipe.data import ImageData
 from ddpm_pipe.ema import power_exponent
 from ddpm_pipe.noise import check_choice
 from ddpm_pipe.objective import LOSSES
+from ddpm_pipe.portable import NETWORKS
 from ddpm_pipe.prediction import LOSS_WEIGHTS
 from ddpm_pipe.randomness import derive_seed
 from ddpm_pipe.schedulers import LEARNED_VARIANCES, DDPMScheduler
 from ddpm_pipe.stream import ImageStream
 from ddpm_pipe.timesteps import TIMESTEP_SAMPLERS
-from ddpm_pipe.unet import DDPMUNet2DModel
 
 CONFIG = "config.yaml"
 """The recipe of a run, in its folder; where it exists there is a run."""
 PLAN = "plan.json"
 """What is printed before the first step, in the run folder."""
 
-NETWORKS: dict[str, type[ModelMixin]] = {"DDPMUNet2DModel": DDPMUNet2DModel, "UNet2DModel": UNet2DModel}
 TRAINED_VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("auto", "no", "bf16", "fp16")

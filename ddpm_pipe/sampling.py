@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ddpm_pipe.config import JsonDict, option
 from ddpm_pipe.noise import check_choice
+from ddpm_pipe.pipeline import null_class
 from ddpm_pipe.portable import SAMPLERS, DDPMPipeline
 
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -129,10 +130,9 @@ def label_cycle(unet: ModelMixin, class_labels: str | None) -> list[int] | None:
     """
     if class_labels is None:
         return None
-    embeddings = unet.config.get("num_class_embeds")
-    if embeddings is None:
+    count = null_class(unet)
+    if count is None:
         raise ValueError(f"class_labels={class_labels!r} needs a network with classes; this one has none.")
-    count = getattr(unet, "null_class", embeddings - 1)  # the last embedding of a stock network is the null class
     if class_labels == "balanced":
         return list(range(count))
     cycle = [int(label) if label.isdecimal() else count for label in class_labels.split(",")]

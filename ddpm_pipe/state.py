@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ddpm_pipe.checkpoint import CheckpointError, Checkpoints, replace_folder, save_tensors
 from ddpm_pipe.ema import EMA, power_decay, warmup_decay
+from ddpm_pipe.pipeline import null_class
 from ddpm_pipe.recipe import TrainConfig, lr_at
 from ddpm_pipe.timesteps import TIMESTEP_SAMPLERS
 
@@ -29,7 +30,7 @@ class TrainState:
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         self.config, self.accelerator = config, accelerator
-        self.null_class = getattr(unet, "null_class", (unet.config.num_class_embeds or 0) - 1)
+        self.null_class = null_class(unet)
         unet.to(accelerator.device)
         self.average = EMA(unet, lambda step: warmup_decay(step, config.ema_decay, config.ema_power))
         self.profiles = {f"{w:g}": EMA(unet, partial(power_decay, sigma_rel=w)) for w in config.ema_sigma_rel}

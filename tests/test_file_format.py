@@ -125,17 +125,17 @@ ALLOWED_IMPORTS = {
     "config": {"checkpoint"},
     "interruption": set(),
     # training
-    "recipe": {"noise", "prediction", "unet", "schedulers", "objective", "config"}
+    "recipe": {"noise", "prediction", "portable", "schedulers", "objective", "config"}
     | {"randomness", "data", "stream", "ema", "timesteps"},
     "draws": {"randomness", "recipe"},
-    "state": {"checkpoint", "ema", "timesteps", "recipe"},
+    "state": {"checkpoint", "ema", "timesteps", "pipeline", "recipe"},
     "log": {"checkpoint", "recipe"},
     "report": {"log"},
-    "health": {"data", "log", "objective", "portable", "randomness", "recipe", "schedulers", "state"},
+    "health": {"data", "log", "objective", "pipeline", "portable", "randomness", "recipe", "schedulers", "state"},
     "card": {"config", "log", "recipe"},
     "hub": {"card", "config"},
     # what is done with a trained model
-    "sampling": {"config", "noise", "portable"},
+    "sampling": {"config", "noise", "pipeline", "portable"},
     "generate": {"checkpoint", "config", "noise", "portable", "sampling"},
     "features": {"checkpoint"},
     "metrics": set(),
