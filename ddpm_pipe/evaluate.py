@@ -229,13 +229,15 @@ def denoiser(pipeline: PixelDiffusionPipeline, labels: Tensor | None) -> Callabl
     """The network of the bound: (x_t, t (B,)) -> output. A self-conditioned one is asked twice, the second time with
     its own first answer, so that what it does depends on x_t alone."""
 
+    network = pipeline._denoiser(labels)
+
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        output = pipeline._denoise(x_t, t, torch.zeros_like(x_t), labels=labels, scale=1.0)
+        output = network(x_t, t, torch.zeros_like(x_t))
         if not pipeline.unet.config.get("self_condition"):
             return output
         row = PREDICTIONS[pipeline.scheduler.config.prediction_type]
         x0 = row.x0(output[:, : x_t.shape[1]], x_t, pipeline.scheduler.alpha_bar(t))
-        return pipeline._denoise(x_t, t, x0, labels=labels, scale=1.0)
+        return network(x_t, t, x0)
 
     return denoise
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_pipe.noise import posterior, signal_and_noise
+from ddpm_pipe.noise import log, posterior, signal_and_noise
 from ddpm_pipe.schedulers import DDPMScheduler
 
 
@@ -88,9 +88,9 @@ class Bound(NamedTuple):
 
 def prior_term(scheduler: DDPMScheduler, x0: Tensor) -> Tensor:
     """L_T of DDPM eq. 5: KL(q(x_T | x0) || N(0, I)) of images (B, C, H, W), bits per dimension, (B,)."""
-    signal, noise = signal_and_noise(scheduler.alpha_bar(len(scheduler) - 1), x0)
+    signal, noise = signal_and_noise(scheduler.alpha_bar(len(scheduler) - 1))
     zero = torch.zeros_like(x0)
-    return bits(normal_kl(signal * x0, 2 * noise.log() + zero, zero, zero))
+    return bits(normal_kl(signal * x0, 2 * log(noise) + zero, zero, zero))
 
 
 @torch.no_grad()

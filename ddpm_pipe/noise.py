@@ -1,11 +1,13 @@
 """The forward process q of DDPM: how much noise there is at each timestep, and what follows from it in closed form.
 
-Pure functions on tensors, torch only. Tables are float64 of shape (T,); an `alpha_bar` argument is a 0-d tensor (one
-noise level for the whole batch) or of shape (B,) (one per image), and broadcasts over images of shape (B, C, H, W).
+Pure functions on tensors, torch only. Tables are float64 of shape (T,). A coefficient, `alpha_bar` for one, is a number
+or a 0-d tensor (the whole batch at one noise level) or of shape (B,) (one per image), and multiplies images of shape
+(B, C, H, W). The formulas are the same; with numbers nothing is computed on the device but the images.
 """
 
 import math
 from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,41 +125,73 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     return 1 - alphas
 
 
-# ---------------------------------------------------------------- closed forms
+# ---------------------------------------------------------------- coefficients
+
+Coefficient = Any
+"""A `float` or a `Tensor`; what is computed from it is the same of the two."""
 
 
-def signal_and_noise(alpha_bar: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """sqrt(alpha_bar) and sqrt(1 - alpha_bar), shaped to multiply images `like` of shape (B, ...).
-
-    1 - alpha_bar is formed in the precision of the table: in half precision it would be lost near t = 0.
-    """
-    return broadcast(alpha_bar.sqrt(), like), broadcast((1 - alpha_bar).sqrt(), like)
+def sqrt(x: Coefficient) -> Coefficient:
+    return x.sqrt() if isinstance(x, Tensor) else math.sqrt(x)
 
 
-def broadcast(coefficient: Tensor, like: Tensor) -> Tensor:
-    """A 0-d or (B,) coefficient as a tensor that multiplies images of shape (B, ...), in float32 or better.
+def log(x: Coefficient) -> Coefficient:
+    return x.log() if isinstance(x, Tensor) else math.log(x)
+
+
+def exp(x: Coefficient) -> Coefficient:
+    return x.exp() if isinstance(x, Tensor) else math.exp(x)
+
+
+def broadcast(coefficient: Coefficient, like: Tensor) -> Coefficient:
+    """A coefficient as what multiplies images of shape (B, ...): a tensor in float32 or better; a number, or what has
+    that many dimensions already, as it is.
 
     A 0-d tensor stays where it is (a CPU scalar multiplies a GPU tensor without a copy), but for half precision: a 0-d
     tensor would not raise the product to float32.
     """
+    if not isinstance(coefficient, Tensor) or coefficient.ndim == like.ndim:
+        return coefficient
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if coefficient.ndim == 0 and like.dtype in (torch.float32, torch.float64):
         return coefficient.to(dtype)
     return coefficient.to(like.device, dtype, non_blocking=True).view(-1, *[1] * (like.ndim - 1))
 
 
-def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+def add_scaled(x: Tensor, b: Coefficient, y: Tensor) -> Tensor:
+    """x + b y for images x and y of shape (B, ...)."""
+    return x + broadcast(b, y) * y if isinstance(b, Tensor) else torch.add(x, y, alpha=b)
+
+
+def mix(a: Coefficient, x: Tensor, b: Coefficient, y: Tensor) -> Tensor:
+    """a x + b y for images x and y of shape (B, ...)."""
+    ax = broadcast(a, x) * x
+    return ax + broadcast(b, y) * y if isinstance(b, Tensor) else ax.add_(y, alpha=b)
+
+
+# ---------------------------------------------------------------- closed forms
+
+
+def signal_and_noise(alpha_bar: Coefficient) -> tuple[Coefficient, Coefficient]:
+    """sqrt(alpha_bar) and sqrt(1 - alpha_bar), in the precision of alpha_bar: in half precision 1 - alpha_bar would be
+    lost near t = 0."""
+    return sqrt(alpha_bar), sqrt(1 - alpha_bar)
+
+
+def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Coefficient) -> Tensor:
     """x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps: a draw from q(x_t | x0) (DDPM eq. 4), in the dtype of x0."""
-    signal, noise = signal_and_noise(alpha_bar, x0)
-    return (signal * x0 + noise * eps).to(x0.dtype)
+    signal, noise = signal_and_noise(alpha_bar)
+    return mix(signal, x0, noise, eps).to(x0.dtype)
 
 
-def posterior_coefficients(alpha_bar_t: Tensor, alpha_bar_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def posterior_coefficients(
+    alpha_bar_t: Coefficient, alpha_bar_s: Coefficient
+) -> tuple[Coefficient, Coefficient, Coefficient]:
     """Coefficients of q(x_s | x_t, x0) for any earlier step s < t (DDPM eq. 6-7, with beta_t of the step t -> s).
 
     Args:
-        alpha_bar_t, alpha_bar_s: noise levels of the later and the earlier step, 0-d, (B,) or whole tables; s = -1
-            (the clean image) has alpha_bar 1.
+        alpha_bar_t, alpha_bar_s: noise levels of the later and the earlier step, numbers, 0-d, (B,) or whole tables;
+            s = -1 (the clean image) has alpha_bar 1.
 
     Returns:
         The factor of x0, the factor of x_t and the variance beta_tilde, each shaped like the arguments.
@@ -165,13 +199,15 @@ def posterior_coefficients(alpha_bar_t: Tensor, alpha_bar_s: Tensor) -> tuple[Te
     alpha = alpha_bar_t / alpha_bar_s
     beta = 1 - alpha
     noise_t, noise_s = 1 - alpha_bar_t, 1 - alpha_bar_s
-    return alpha_bar_s.sqrt() * beta / noise_t, alpha.sqrt() * noise_s / noise_t, noise_s / noise_t * beta
+    return sqrt(alpha_bar_s) * beta / noise_t, sqrt(alpha) * noise_s / noise_t, noise_s / noise_t * beta
 
 
-def posterior(x0: Tensor, x_t: Tensor, alpha_bar_t: Tensor, alpha_bar_s: Tensor) -> tuple[Tensor, Tensor]:
+def posterior(
+    x0: Tensor, x_t: Tensor, alpha_bar_t: Coefficient, alpha_bar_s: Coefficient
+) -> tuple[Tensor, Coefficient]:
     """Mean of shape (B, ...) and variance (shaped like the noise levels) of q(x_s | x_t, x0), DDPM eq. 6-7."""
     of_x0, of_x_t, variance = posterior_coefficients(alpha_bar_t, alpha_bar_s)
-    return broadcast(of_x0, x0) * x0 + broadcast(of_x_t, x0) * x_t, variance
+    return mix(of_x0, x0, of_x_t, x_t), variance
 
 
 def snr(alpha_bar: Tensor) -> Tensor:

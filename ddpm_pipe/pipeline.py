@@ -5,7 +5,6 @@ With `noise` and `prediction` this file travels with shared checkpoints that the
 
 import inspect
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
@@ -118,13 +117,17 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         """
         scheduler = self.scheduler
         pred_original_sample = torch.zeros_like(sample)
+        estimate_is_read = callback is not None or bool(self.unet.config.get("self_condition"))
+        numbers = timesteps.tolist()  # the device is waited for once, here, and not by a scheduler in each step
         for i, t in enumerate(self.progress_bar(timesteps)):
-            model_input = scheduler.scale_model_input(sample, t)
+            model_input = scheduler.scale_model_input(sample, numbers[i])
             model_output = denoise(model_input, t, pred_original_sample)
-            step = scheduler.step(model_output, t, sample, **step_options)
-            sample, pred_original_sample = step.prev_sample, step.get("pred_original_sample")
-            if pred_original_sample is None:
-                pred_original_sample = self._pred_original_sample(model_output, t, model_input)
+            step = scheduler.step(model_output, numbers[i], sample, return_dict=estimate_is_read, **step_options)
+            sample = step[0]
+            if estimate_is_read:
+                pred_original_sample = step.get("pred_original_sample")
+                if pred_original_sample is None:
+                    pred_original_sample = self._pred_original_sample(model_output, t, model_input)
 
             if callback is not None:
                 tensors = {"sample": sample, "pred_original_sample": pred_original_sample}
@@ -159,7 +162,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         self._check_generator(generator, batch_size)
         step_options = self._step_options(generator, eta, use_clipped_model_output, guided=guidance_scale > 1)
         labels = self._labels(class_labels, batch_size, guidance_scale)
-        return partial(self._denoise, labels=labels, scale=guidance_scale), step_options
+        return self._denoiser(labels, guidance_scale), step_options
 
     def _check_generator(self, generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> None:
         if isinstance(generator, list) and len(generator) != batch_size:
@@ -195,26 +198,33 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             )
         return given.to(self._execution_device, torch.float32)
 
-    def _denoise(self, model_input: Tensor, t: Tensor, last_x0: Tensor, labels: Tensor | None, scale: float) -> Tensor:
-        """The network's output for x_t with guidance: (B, C, H, W), or (B, 2C, H, W) with learned variance."""
-        channels = model_input.shape[1]
-        options = {}
-        if self.unet.config.get("self_condition"):
-            options["self_cond"] = last_x0.clamp(-1, 1).to(self.unet.dtype)
-        if labels is not None:
-            options["class_labels"] = labels
-        guided = labels is not None and len(labels) > len(model_input)
-        if guided:  # one pass for both: the second half of the labels is the null class
-            model_input = torch.cat([model_input, model_input])
-            options |= {name: torch.cat([value, value]) for name, value in options.items() if name == "self_cond"}
-        output = self.unet(model_input.to(self.unet.dtype), t, **options).sample.float()
-        if guided:
-            output, unconditional = output.chunk(2)
-            prediction = torch.lerp(unconditional[:, :channels], output[:, :channels], scale)
-            output = torch.cat([prediction, output[:, channels:]], dim=1)
+    def _denoiser(self, labels: Tensor | None = None, scale: float = 1.0) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The network with guidance, as (x_t, t, last x0) -> (B, C, H, W), or (B, 2C, H, W) with learned variance.
+
+        Args:
+            labels: (B,), or with guidance (2B,), the second half being the null class; None for a network without.
+            scale: of the guidance, 1 for none.
+        """
+        unet, dtype = self.unet, self.unet.dtype
+        self_condition = unet.config.get("self_condition")
+        conditions = {} if labels is None else {"class_labels": labels}
         # only DDPM's scheduler takes a learned variance; by name, since there is more than one class of that name
         takes_variance = type(self.scheduler).__name__ == "DDPMScheduler"
-        return output if takes_variance else output[:, :channels]
+
+        def denoise(x_t: Tensor, t: Tensor, last_x0: Tensor) -> Tensor:
+            channels, inputs = x_t.shape[1], {"sample": x_t if x_t.dtype == dtype else x_t.to(dtype)}
+            if self_condition:
+                inputs["self_cond"] = last_x0.clamp(-1, 1).to(dtype)
+            if scale != 1.0:  # one pass for both
+                inputs = {name: torch.cat([images, images]) for name, images in inputs.items()}
+            output = unet(timestep=t, **inputs, **conditions).sample.float()
+            if scale != 1.0:
+                output, unconditional = output.chunk(2)
+                prediction = torch.lerp(unconditional[:, :channels], output[:, :channels], scale)
+                output = torch.cat([prediction, output[:, channels:]], dim=1)
+            return output if takes_variance else output[:, :channels]
+
+        return denoise
 
     def _pred_original_sample(self, model_output: Tensor, t: Tensor, model_input: Tensor) -> Tensor:
         """The estimate of x0 for self-conditioning, for schedulers whose `step` does not return it."""

@@ -9,48 +9,48 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_pipe.noise import check_choice, signal_and_noise
+from ddpm_pipe.noise import Coefficient, add_scaled, broadcast, check_choice, mix, signal_and_noise
 
 
 class Prediction(NamedTuple):
-    """One parametrisation of the denoiser. Images are (B, C, H, W), alpha_bar is 0-d or (B,)."""
+    """One parametrisation of the denoiser. Images are (B, C, H, W), alpha_bar is a number, 0-d or (B,)."""
 
-    target: Callable[[Tensor, Tensor, Tensor], Tensor]
+    target: Callable[[Tensor, Tensor, Coefficient], Tensor]
     """(x0, eps, alpha_bar) -> what the network is trained to return."""
-    x0: Callable[[Tensor, Tensor, Tensor], Tensor]
+    x0: Callable[[Tensor, Tensor, Coefficient], Tensor]
     """(output, x_t, alpha_bar) -> the clean image that the output implies."""
-    eps: Callable[[Tensor, Tensor, Tensor], Tensor]
+    eps: Callable[[Tensor, Tensor, Coefficient], Tensor]
     """(output, x_t, alpha_bar) -> the noise that the output implies."""
     eps_weight: Callable[[Tensor], Tensor]
     """snr -> w with |eps - eps(output)|^2 = w |target - output|^2: what makes the plain loss one of the noise."""
 
 
-def x0_from_eps(eps: Tensor, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
+def x0_from_eps(eps: Tensor, x_t: Tensor, alpha_bar: Coefficient) -> Tensor:
     """Solve DDPM eq. 4 for the clean image."""
-    signal, noise = signal_and_noise(alpha_bar, x_t)
-    return (x_t - noise * eps) / signal
+    signal, noise = signal_and_noise(alpha_bar)
+    return add_scaled(x_t, -noise, eps) / broadcast(signal, x_t)
 
 
-def eps_from_x0(x0: Tensor, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
+def eps_from_x0(x0: Tensor, x_t: Tensor, alpha_bar: Coefficient) -> Tensor:
     """Solve DDPM eq. 4 for the noise."""
-    signal, noise = signal_and_noise(alpha_bar, x_t)
-    return (x_t - signal * x0) / noise
+    signal, noise = signal_and_noise(alpha_bar)
+    return add_scaled(x_t, -signal, x0) / broadcast(noise, x_t)
 
 
-def velocity(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+def velocity(x0: Tensor, eps: Tensor, alpha_bar: Coefficient) -> Tensor:
     """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022, section 4 and appendix D)."""
-    signal, noise = signal_and_noise(alpha_bar, x0)
-    return signal * eps - noise * x0
+    signal, noise = signal_and_noise(alpha_bar)
+    return mix(signal, eps, -noise, x0)
 
 
-def _x0_from_v(v: Tensor, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
-    signal, noise = signal_and_noise(alpha_bar, x_t)
-    return signal * x_t - noise * v
+def _x0_from_v(v: Tensor, x_t: Tensor, alpha_bar: Coefficient) -> Tensor:
+    signal, noise = signal_and_noise(alpha_bar)
+    return mix(signal, x_t, -noise, v)
 
 
-def _eps_from_v(v: Tensor, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
-    signal, noise = signal_and_noise(alpha_bar, x_t)
-    return signal * v + noise * x_t
+def _eps_from_v(v: Tensor, x_t: Tensor, alpha_bar: Coefficient) -> Tensor:
+    signal, noise = signal_and_noise(alpha_bar)
+    return mix(signal, v, noise, x_t)
 
 
 PREDICTIONS: dict[str, Prediction] = {

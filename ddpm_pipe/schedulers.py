@@ -21,14 +21,19 @@ from torch import Tensor
 
 from ddpm_pipe.noise import (
     BETA_SCHEDULES,
+    Coefficient,
     add_noise,
+    add_scaled,
     broadcast,
     check_choice,
+    exp,
+    log,
     make_betas,
+    mix,
     posterior,
     posterior_coefficients,
     rescale_zero_terminal_snr,
-    signal_and_noise,
+    sqrt,
 )
 from ddpm_pipe.prediction import PREDICTIONS, eps_from_x0, velocity
 
@@ -102,6 +107,7 @@ class _DiffusionScheduler(SchedulerMixin, ConfigMixin):
         alpha_bar = torch.cumprod(1 - betas, 0)
         final = torch.ones(1, dtype=torch.float64) if final_alpha_bar_is_one else alpha_bar[:1]
         self._alpha_bar = torch.cat([final, alpha_bar])  # float64, (T + 1,): entry t + 1 is alpha_bar_t, t >= -1
+        self._alpha_bar_numbers = dict(enumerate(self._alpha_bar.tolist(), start=-1))
 
         self.betas = betas.float()
         self.alphas = (1 - betas).float()
@@ -172,21 +178,26 @@ class _DiffusionScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = chosen.flip(0).to(device)
         # Entry t is the chosen timestep before t, or -1: a table, so that `step` needs no search and no host sync.
         below = torch.searchsorted(chosen, torch.arange(self.config.num_train_timesteps))
-        self._previous = torch.cat([torch.tensor([-1]), chosen])[below].to(device)
+        previous = torch.cat([torch.tensor([-1]), chosen])[below]
+        self._previous_numbers = dict(enumerate(previous.tolist()))
+        self._previous = previous.to(device)
         self._alpha_bar = self._alpha_bar.to(device)
 
-    def previous_timestep(self, timestep: int | Tensor) -> Tensor:
-        """The timestep that follows `timestep` in sampling, -1 after the last; shaped like `timestep`."""
-        t = torch.as_tensor(timestep)
-        self._previous = self._previous.to(t.device)
-        return self._previous.index_select(0, t.reshape(-1)).view(t.shape)
+    def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
+        """The timestep that follows `timestep` in sampling, -1 after the last: a number for a number, else a tensor
+        shaped like `timestep`."""
+        if not isinstance(timestep, Tensor):
+            return self._previous_numbers[timestep]
+        self._previous = self._previous.to(timestep.device)
+        return self._previous.index_select(0, timestep.reshape(-1)).view(timestep.shape)
 
-    def alpha_bar(self, timestep: int | Tensor) -> Tensor:
-        """float64 alpha_bar at timesteps >= -1, shaped like `timestep` and on its device."""
-        t = torch.as_tensor(timestep)
-        if self._alpha_bar.device != t.device:
-            self._alpha_bar = self._alpha_bar.to(t.device)
-        return self._alpha_bar.index_select(0, t.reshape(-1).long() + 1).view(t.shape)
+    def alpha_bar(self, timestep: int | Tensor) -> Coefficient:
+        """alpha_bar at timesteps >= -1: a number for a number, else float64, shaped like `timestep` on its device."""
+        if not isinstance(timestep, Tensor):
+            return self._alpha_bar_numbers[timestep]
+        if self._alpha_bar.device != timestep.device:
+            self._alpha_bar = self._alpha_bar.to(timestep.device)
+        return self._alpha_bar.index_select(0, timestep.reshape(-1).long() + 1).view(timestep.shape)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -223,6 +234,10 @@ def _at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.float() for tensor in tensors)
 
 
+def _in_dtype(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors)
+
+
 # ---------------------------------------------------------------- DDPM
 
 
@@ -231,8 +246,8 @@ class ReverseKernel(NamedTuple):
 
     mean: Tensor
     """(B, C, H, W)"""
-    log_variance: Tensor
-    """shaped to broadcast over the mean"""
+    log_variance: Coefficient
+    """a number or shaped to broadcast over the mean"""
     x0: Tensor
     """the estimate of the clean image it was made from, (B, C, H, W)"""
 
@@ -284,7 +299,7 @@ class DDPMScheduler(_DiffusionScheduler):
         self._build()
         # beta_tilde of 1 -> 0, the last step that has noise; the decoder takes it too (DDPM, section 3.3)
         ends = self._alpha_bar[[min(2, num_train_timesteps), 1]]
-        self._last_variance = posterior_coefficients(*ends)[2].clamp(min=1e-20)
+        self._last_variance = posterior_coefficients(*ends.tolist())[2] or 1e-20
 
     def step(
         self,
@@ -308,23 +323,23 @@ class DDPMScheduler(_DiffusionScheduler):
         Raises:
             ValueError: where the channels of `model_output` do not fit `variance_type`.
         """
-        t = torch.as_tensor(timestep)
-        s = self.previous_timestep(t)
-        mean, log_variance, x0 = self.reverse_kernel(model_output, t, s, sample)
+        s = self.previous_timestep(timestep)
+        mean, log_variance, x0 = self.reverse_kernel(model_output, timestep, s, sample)
         z = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-        x_s = mean + broadcast(s >= 0, mean) * (0.5 * log_variance).exp() * z
+        x_s = add_scaled(mean, broadcast(s >= 0, mean) * exp(0.5 * log_variance), z)
 
-        x_s, x0 = x_s.to(sample.dtype), x0.to(sample.dtype)
+        x_s, x0 = _in_dtype(sample.dtype, x_s, x0)
         return DDPMSchedulerOutput(prev_sample=x_s, pred_original_sample=x0) if return_dict else (x_s, x0)
 
     def reverse_kernel(
-        self, model_output: Tensor, t: Tensor, s: Tensor, x_t: Tensor, clip: bool = True
+        self, model_output: Tensor, t: int | Tensor, s: int | Tensor, x_t: Tensor, clip: bool = True
     ) -> ReverseKernel:
         """p(x_s | x_t) = N(mean, variance) for any earlier step s < t (DDPM eq. 1 and 7, with x0 from the network).
 
         Args:
             model_output: the network's output, (B, C, H, W), or (B, 2C, H, W) with learned variance.
-            t, s: timesteps, 0-d or (B,); s = -1 is the clean image, whose kernel has the variance of the step before.
+            t, s: timesteps, both numbers or both tensors, 0-d or (B,); s = -1 is the clean image, whose kernel has the
+                variance of the step before.
             x_t: (B, C, H, W).
             clip: clip or threshold x0 where the config says so.
 
@@ -332,16 +347,20 @@ class DDPMScheduler(_DiffusionScheduler):
             ValueError: where the channels of `model_output` do not fit `variance_type`.
         """
         output, x_t = _at_least_float32(model_output, x_t)
-        output, variance_output = self._split(output, x_t.shape[1])
+        output, *variance_output = self._split(output, x_t.shape[1])
         alpha_bar_t, alpha_bar_s = self.alpha_bar(t), self.alpha_bar(s)
         x0 = PREDICTIONS[self.config.prediction_type].x0(output, x_t, alpha_bar_t)
         x0 = self._clip(x0) if clip else x0
         mean, small = posterior(x0, x_t, alpha_bar_t, alpha_bar_s)
-        small = torch.where(s < 0, self._last_variance, small)
-        return ReverseKernel(mean, self._log_variance(small, 1 - alpha_bar_t / alpha_bar_s, variance_output, x_t), x0)
+        if isinstance(s, Tensor):
+            small = torch.where(s < 0, self._last_variance, small)
+        elif s < 0:
+            small = self._last_variance
+        log_variance = self._log_variance(small, 1 - alpha_bar_t / alpha_bar_s, x_t, *variance_output)
+        return ReverseKernel(mean, log_variance, x0)
 
-    def _split(self, output: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-        """The prediction (B, C, H, W) and the variance channels: (B, C, H, W), or none where nothing is learned."""
+    def _split(self, output: Tensor, channels: int) -> tuple[Tensor, ...]:
+        """The prediction (B, C, H, W) and, where it is learned, the variance, of the same shape."""
         learned = self.config.variance_type in LEARNED_VARIANCES
         expected = 2 * channels if learned else channels
         if output.shape[1] != expected:
@@ -349,15 +368,15 @@ class DDPMScheduler(_DiffusionScheduler):
                 f"variance_type={self.config.variance_type!r} needs a network output of {expected} channels for images "
                 f"of {channels}, got {output.shape[1]}; learned and learned_range take twice the image's channels."
             )
-        return output[:, :channels], output[:, channels:]
+        return output.split(channels, dim=1) if learned else (output,)
 
-    def _log_variance(self, small: Tensor, large: Tensor, output: Tensor, like: Tensor) -> Tensor:
+    def _log_variance(self, small: Coefficient, large: Coefficient, like: Tensor, *learned: Tensor) -> Coefficient:
         """Log of the reverse kernel's variance over images `like`, between beta_tilde (`small`) and beta (`large`)."""
         if self.config.variance_type == "learned":
-            return output.clamp(min=1e-20).log()
-        log_small, log_large = broadcast(small.log(), like), broadcast(large.log(), like)
+            return learned[0].clamp(min=1e-20).log()
+        log_small, log_large = broadcast(log(small), like), broadcast(log(large), like)
         if self.config.variance_type == "learned_range":  # Improved DDPM, eq. 15
-            share = (output + 1) / 2
+            share = (learned[0] + 1) / 2
             return share * log_large + (1 - share) * log_small
         return log_large if "large" in self.config.variance_type else log_small
 
@@ -421,27 +440,28 @@ class DDIMScheduler(_DiffusionScheduler):
             `prev_sample`, x_s in the dtype of `sample`, and `pred_original_sample`, x0.
 
         Raises:
-            ValueError: where both a generator and noise are given.
+            ValueError: where both a generator and noise are given, or eta is not in [0, 1].
         """
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta={eta} must lie between 0 (DDIM) and 1 (DDPM).")
         if generator is not None and variance_noise is not None:
             raise ValueError("step takes a generator or variance_noise, not both.")
-        output, x_t = _at_least_float32(model_output[:, : sample.shape[1]], sample)
-        t = torch.as_tensor(timestep)
-        alpha_bar_t, alpha_bar_s = self.alpha_bar(t), self.alpha_bar(self.previous_timestep(t))
+        output, x_t = _at_least_float32(model_output, sample)
+        output = output[:, : x_t.shape[1]] if output.shape != x_t.shape else output
+        alpha_bar_t, alpha_bar_s = self.alpha_bar(timestep), self.alpha_bar(self.previous_timestep(timestep))
 
         row = PREDICTIONS[self.config.prediction_type]
         x0 = self._clip(row.x0(output, x_t, alpha_bar_t))
         eps = eps_from_x0(x0, x_t, alpha_bar_t) if use_clipped_model_output else row.eps(output, x_t, alpha_bar_t)
-        # eq. 16; the variance of the posterior where eta = 1
-        variance = eta**2 * (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
-        signal, _ = signal_and_noise(alpha_bar_s, x_t)
-        x_s = signal * x0 + broadcast((1 - alpha_bar_s - variance).clamp(min=0).sqrt(), x_t) * eps
+        # eq. 16: of the noise 1 - alpha_bar_s this share is new, that of the posterior's variance where eta = 1
+        new = eta**2 * (1 - alpha_bar_t / alpha_bar_s) / (1 - alpha_bar_t)
+        x_s = mix(sqrt(alpha_bar_s), x0, sqrt((1 - alpha_bar_s) * (1 - new)), eps)
         if eta > 0:
             if variance_noise is None:
                 variance_noise = randn_tensor(
                     sample.shape, generator=generator, device=sample.device, dtype=sample.dtype
                 )
-            x_s = x_s + broadcast(variance.sqrt(), x_t) * variance_noise
+            x_s = add_scaled(x_s, sqrt((1 - alpha_bar_s) * new), variance_noise)
 
-        x_s, x0 = x_s.to(sample.dtype), x0.to(sample.dtype)
+        x_s, x0 = _in_dtype(sample.dtype, x_s, x0)
         return DDIMSchedulerOutput(prev_sample=x_s, pred_original_sample=x0) if return_dict else (x_s, x0)
