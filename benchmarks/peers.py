@@ -1,177 +1,110 @@
-"""Ours beside diffusers in one run, interleaved: training, sampling and import. `python benchmarks/peers.py`
+"""Ours beside its peers in one run, interleaved: training, data, sampling and import. `python benchmarks/peers.py`
 
-The peer's training is its unconditional recipe, written anew from its documentation: a DataLoader that decodes and
-transforms image by image, the stock UNet2DModel, a prepared learning-rate schedule, EMAModel. Both train the same
-networks on the same images in batches of 16. Both sample a network that does nothing: what is left is scheduler, loop
-and progress bar. Prints Markdown tables of medians, ratios and their range, and what the machine can do at most.
+Prints Markdown tables of medians and of ratios with their range, the share of what the machine reaches at most, and
+what a part of the step costs in another setting: a few minutes on a CPU. `--quick` leaves the large network out.
 """
 
-import io
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+import tempfile
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import diffusers
-import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from datasets import Dataset, Image
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
+from recipes import NETWORKS, STEPS, make_config, make_data, our_batches, peer_batches
+from timing import DEVICE, Step, interleaved, median, ratios, table
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_pipe import DDIMScheduler, DDPMPipeline, DDPMScheduler
-from ddpm_pipe.config import parse_config
 from ddpm_pipe.data import load_images
-from ddpm_pipe.draws import micro_batches
-from ddpm_pipe.objective import Objective
-from ddpm_pipe.recipe import TrainConfig, make_scheduler, make_unet
-from ddpm_pipe.state import TrainState
+from ddpm_pipe.recipe import TrainConfig, make_unet
+from ddpm_pipe.stream import stream_images
+from ddpm_pipe.train import describe_device
 
-HERE = Path(__file__).resolve().parent
-BATCH, IMAGES, WARM_UP = 16, 256, 1
-Step = Callable[[], None]
+BATCH = 16 if DEVICE.type == "cpu" else 128
+PRECISIONS = {"float32": "no", "bf16": "bf16"}
 
 
-def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round of each step, taken in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(WARM_UP + rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if i >= WARM_UP:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+# ---------------------------------------------------------------- what the machine can do
 
 
-def report(title: str, unit: str, per_unit: float, seconds: dict[str, list[float]], reference: str) -> None:
-    """A table of units per second, or of a duration, and the ratio to the reference in the same round."""
-    print(f"\n{title}\n\n| | {unit} | times {reference} (lowest to highest round) |\n| --- | --- | --- |")
-    for name, times in seconds.items():
-        ratios = sorted(base / mine for base, mine in zip(seconds[reference], times, strict=True))
-        value = per_unit / statistics.median(times) if per_unit else statistics.median(times)
-        print(f"| {name} | {value:.3g} | {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) |")
+def ceiling(rounds: int) -> dict[str, float]:
+    """FLOP/s of a convolution of the CIFAR-10 network, forward, by precision; printed beside a large matrix product."""
+    rows, reached = [], {}
+    for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
+        size = 2048 if DEVICE.type == "cpu" else 8192
+        a = torch.randn(size, size, dtype=dtype, device=DEVICE)
+        image = torch.randn(BATCH, 256, 16, 16, dtype=dtype, device=DEVICE)
+        kernel = torch.randn(256, 256, 3, 3, dtype=dtype, device=DEVICE)
+        jobs = {"product": lambda a=a: a @ a, "convolution": lambda i=image, k=kernel: F.conv2d(i, k, padding=1)}
+        seconds = interleaved(jobs, rounds)
+        product = 2 * size**3 / median(seconds["product"])
+        reached[name] = 2 * BATCH * 256 * 256 * 9 * 16 * 16 / median(seconds["convolution"])
+        rows.append([name, f"{product / 1e9:.0f}", f"{reached[name] / 1e9:.0f}"])
+    table(
+        "What the machine reaches, GFLOP/s", ["", f"product of {size}x{size}", "convolution 3x3 of 256 channels"], rows
+    )
+    return reached
 
 
 # ---------------------------------------------------------------- training
 
 
-def make_data(folder: Path) -> str:
-    """Colour images of 32x32 as files, as a user has them."""
-    noise = np.random.default_rng(0)
-    rows = []
-    for _ in range(IMAGES):
-        buffer = io.BytesIO()
-        diffusers.utils.numpy_to_pil(noise.random((1, 32, 32, 3)))[0].save(buffer, "png")
-        rows.append({"image": {"bytes": buffer.getvalue(), "path": None}})
-    Dataset.from_list(rows).cast_column("image", Image()).save_to_disk(folder)
-    return str(folder)
-
-
-def our_step(config: TrainConfig, precision: str) -> Step:
-    """A step of ddpm_pipe.train, without what it writes."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=precision)
-    data = load_images(config.data)
-    state = TrainState(config, make_unet(config, data), accelerator)
-    objective = Objective(make_scheduler(config))
-    batches, step = data.batches(BATCH, 0, flip=True), 0
-
-    def train_step() -> None:
-        nonlocal step
-        seen = []
-        for part, draws in micro_batches(config, accelerator, state.timesteps.probabilities(), step, data.shape):
-            x0, _ = batches(step, part, accelerator.device)
-            losses = objective(state.unet, x0, draws.t, draws.eps)
-            accelerator.backward(losses.mean())
-            seen.append((draws.t, losses.detach()))
-        state.optimizer_step(step, seen)
-        step += 1
-
-    return train_step
-
-
-def peer_batches(data: str) -> Iterator[Tensor]:
-    """Images decoded, flipped and scaled one after another, in shuffled batches, for ever."""
-
-    def transform(rows: dict) -> dict:
-        arrays = [np.asarray(image.convert("RGB").resize((32, 32)), np.float32) for image in rows["image"]]
-        flipped = [array[:, ::-1] if torch.rand(()) < 0.5 else array for array in arrays]
-        return {"input": [torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1) for array in flipped]}
-
-    dataset = Dataset.load_from_disk(data)
-    dataset.set_transform(transform)
-    loader = DataLoader(dataset, batch_size=BATCH, shuffle=True)
-    while True:
-        yield from (batch["input"] for batch in loader)
-
-
-def peer_step(config: TrainConfig, precision: str) -> Step:
-    """A step of diffusers' train_unconditional recipe."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=precision)
+def flops_per_image(config: TrainConfig) -> float:
+    """Of the network, forward and backward."""
     model = make_unet(config, load_images(config.data))
-    average = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, power=0.75)
-    scheduler = diffusers.DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
-    rates = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=10_000)
-    model, optimizer, rates = accelerator.prepare(model, optimizer, rates)
-    average.to(accelerator.device)
-    batches = peer_batches(config.data)
-    model.train()
-
-    def train_step() -> None:
-        clean = next(batches).to(accelerator.device)
-        noise = torch.randn_like(clean)
-        t = torch.randint(0, 1000, (len(clean),), device=clean.device)
-        loss = F.mse_loss(model(scheduler.add_noise(clean, noise, t), t).sample.float(), noise)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        rates.step()
-        optimizer.zero_grad()
-        average.step(model.parameters())
-        loss.item()  # for its progress bar
-
-    return train_step
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, 32, 32), torch.zeros(1)).sample.sum().backward()
+    return counter.get_total_flops()
 
 
-SMALL = '{"_class_name": "UNet2DModel", "block_out_channels": [32, 64, 64], "norm_num_groups": 8}'
+def training(data: str, reached: dict[str, float], networks: dict[str, dict], rounds: int) -> None:
+    for title, unet in networks.items():
+        config, steps = make_config(data, unet, BATCH), {}
+        for recipe, make_step in STEPS.items():
+            for name, precision in PRECISIONS.items():
+                try:
+                    steps[f"{recipe} {name}"] = make_step(config, precision)
+                except pytest.skip.Exception as reason:
+                    print(reason)
+        seconds, flops = interleaved(steps, rounds, warm_up=2), flops_per_image(config)
+        rows = []
+        for name, times in seconds.items():
+            precision, rate = name.split()[1], BATCH / median(times)
+            share = f"{flops * rate / 1e9:.0f} ({flops * rate / reached[precision]:.0%})"
+            stock = [seconds[f"diffusers {base}"] for base in ("float32", precision)]
+            rows.append([name, f"{rate:.3g}", share, *(ratios(times, base) for base in stock)])
+        table(
+            f"Training {title}, batch {BATCH}, {flops / 1e9:.2f} GFLOP an image",
+            ["", "images/s", "GFLOP/s (of the convolution's)", "times stock float32", "times stock, same precision"],
+            rows,
+        )
 
 
-def training(folder: Path, rounds: int) -> None:
-    data = make_data(folder / "data")
-    small = [
-        "--unet",
-        SMALL.replace(
-            "}",
-            ', "down_block_types": ["DownBlock2D", "DownBlock2D", "DownBlock2D"], '
-            '"up_block_types": ["UpBlock2D", "UpBlock2D", "UpBlock2D"]}',
-        ),
-    ]
-    cifar = [str(HERE.parent / "examples" / "presets" / "cifar10.yaml")]
-    for title, argv in (("a small UNet2DModel", small), ("ddpm-cifar10", cifar)):
-        config = parse_config(TrainConfig, [*argv, "--batch_size", str(BATCH)], data=data)
-        config.batch_size, config.ema_sigma_rel, config.data = BATCH, [], data
-        steps = {"diffusers float32": peer_step(config, "no"), "diffusers bf16": peer_step(config, "bf16")}
-        steps |= {"ddpm_pipe float32": our_step(config, "no"), "ddpm_pipe bf16": our_step(config, "bf16")}
-        model = make_unet(config, load_images(data))
-        with FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, 3, 32, 32), torch.zeros(1)).sample.sum().backward()
-        flops = counter.get_total_flops() / 1e9
-        name = f"Training {title}: {sum(p.numel() for p in model.parameters()):,} weights, {flops:.2f} GFLOP an image"
-        report(name, "images/s", BATCH, interleaved(steps, rounds), "diffusers float32")
+def data_path(data: str, rounds: int) -> None:
+    """Images/s that the data alone give, without a network to feed."""
+    config, part, steps = make_config(data, {}, BATCH), slice(0, BATCH), count()
+    peer, resident = peer_batches(data, BATCH), our_batches(config)
+    streamed = stream_images(data).batches(BATCH, 0, flip=True)
+    seconds = interleaved(
+        {
+            "diffusers, a DataLoader": lambda: next(peer),
+            "ddpm_pipe, in memory": lambda: resident(next(steps), part, DEVICE),
+            "ddpm_pipe, streamed": lambda: streamed(next(steps), part, DEVICE),
+        },
+        rounds,
+    )
+    stock = seconds["diffusers, a DataLoader"]
+    rows = [[name, f"{BATCH / median(times):,.0f}", ratios(times, stock)] for name, times in seconds.items()]
+    table("Batches of images, without the network", ["", "images/s", "times diffusers"], rows)
 
 
 # ---------------------------------------------------------------- sampling
@@ -184,63 +117,53 @@ class Nothing(ModelMixin, ConfigMixin):
     def __init__(self, sample_size: int = 32, in_channels: int = 3, out_channels: int = 3):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(()))
-        self.answer = UNet2DOutput(sample=torch.zeros(1, in_channels, sample_size, sample_size))
+        self.register_buffer("answer", torch.zeros(1, in_channels, sample_size, sample_size))
 
     def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> UNet2DOutput:
-        return self.answer
+        return UNet2DOutput(sample=self.answer)
 
 
-def sampling(rounds: int, count: int = 1000) -> None:
-    pipelines = {
-        "diffusers DDPM": diffusers.DDPMPipeline(Nothing(), diffusers.DDPMScheduler()),
-        "ddpm_pipe DDPM": DDPMPipeline(Nothing(), DDPMScheduler()),
-        "diffusers DDIM": diffusers.DDIMPipeline(Nothing(), diffusers.DDIMScheduler()),
-        "ddpm_pipe DDIM": DDPMPipeline(Nothing(), DDIMScheduler()),
-    }
-    steps = {name: lambda p=p: p(num_inference_steps=count, output_type="np") for name, p in pipelines.items()}
-    seconds = interleaved(steps, rounds)
-    for kind in ("DDPM", "DDIM"):
-        pair = {name: [s * 1e6 / count for s in times] for name, times in seconds.items() if name.endswith(kind)}
-        title = f"A sampling step of {kind} without the network, batch 1"
-        report(title, "microseconds", 0, pair, f"diffusers {kind}")
+def sampling(rounds: int, steps: int = 1000) -> None:
+    """Scheduler, loop and progress bar: the time of a step with a network that answers at once."""
+    for kind, stock, scheduler, ours in (
+        ("DDPM", diffusers.DDPMPipeline, diffusers.DDPMScheduler, DDPMScheduler),
+        ("DDIM", diffusers.DDIMPipeline, diffusers.DDIMScheduler, DDIMScheduler),
+    ):
+        pipelines = {"diffusers": stock(Nothing(), scheduler()), "ddpm_pipe": DDPMPipeline(Nothing(), ours())}
+        seconds = interleaved(
+            {
+                name: partial(pipeline.to(DEVICE), num_inference_steps=steps, output_type="np")
+                for name, pipeline in pipelines.items()
+            },
+            rounds,
+        )
+        rows = [
+            [name, f"{1e6 * median(times) / steps:.0f}", ratios(times, seconds["diffusers"])]
+            for name, times in seconds.items()
+        ]
+        table(f"A step of {kind} without the network, batch 1", ["", "microseconds", "times diffusers"], rows)
 
 
-# ---------------------------------------------------------------- import, and what the machine can do
+# ---------------------------------------------------------------- import
 
 
 def importing(rounds: int) -> None:
-    def run(statement: str) -> Step:
-        return lambda: subprocess.run([sys.executable, "-c", statement], check=True) and None
+    def run(package: str) -> Step:
+        return lambda: subprocess.run([sys.executable, "-c", f"from {package} import DDPMPipeline"], check=True)
 
-    statements = {
-        "diffusers": "from diffusers import DDPMPipeline",
-        "ddpm_pipe": "from ddpm_pipe import DDPMPipeline",
-    }
-    seconds = interleaved({name: run(statement) for name, statement in statements.items()}, rounds)
-    report("Import of DDPMPipeline in a new process", "seconds", 0, seconds, "diffusers")
-
-
-def ceiling() -> None:
-    """Rates of a large matrix product and a convolution of the CIFAR-10 network, forward."""
-    print("\nWhat the machine reaches\n\n| | GFLOP/s |\n| --- | --- |")
-    for dtype in (torch.float32, torch.bfloat16):
-        a, image = torch.randn(2048, 2048, dtype=dtype), torch.randn(16, 256, 16, 16, dtype=dtype)
-        kernel = torch.randn(256, 256, 3, 3, dtype=dtype)
-        jobs = {"matmul 2048": (lambda a=a: a @ a, 2 * 2048**3)}
-        conv = 2 * 16 * 256 * 256 * 9 * 16 * 16
-        jobs["conv 3x3, 256 channels"] = (lambda i=image, k=kernel: F.conv2d(i, k, padding=1), conv)
-        for name, (job, flops) in jobs.items():
-            times = interleaved({name: lambda job=job: (job(), None)[1]}, 5)[name]
-            print(f"| {name}, {str(dtype).removeprefix('torch.')} | {flops / statistics.median(times) / 1e9:.0f} |")
+    seconds = interleaved({package: run(package) for package in ("diffusers", "ddpm_pipe")}, rounds)
+    rows = [[name, f"{median(t):.2f}", ratios(t, seconds["diffusers"])] for name, t in seconds.items()]
+    table("Import of DDPMPipeline in a new process", ["", "seconds", "times diffusers"], rows)
 
 
 if __name__ == "__main__":
-    import tempfile
-
     diffusers.utils.logging.set_verbosity_error()
-    print(f"torch {torch.__version__}, diffusers {diffusers.__version__}, {torch.get_num_threads()} threads")
-    ceiling()
-    importing(5)
+    print(f"torch {torch.__version__}, diffusers {diffusers.__version__}, {describe_device(DEVICE)}", end=", ")
+    print(f"{torch.get_num_threads()} threads")
+    quick = "--quick" in sys.argv
+    importing(3)
     sampling(5)
     with tempfile.TemporaryDirectory() as scratch:
-        training(Path(scratch), 3)
+        data = make_data(Path(scratch) / "data")
+        data_path(data, 20)
+        training(data, ceiling(10), dict(list(NETWORKS.items())[: 1 if quick else None]), 3)

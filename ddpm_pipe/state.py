@@ -25,7 +25,9 @@ class TrainState:
             raise ValueError(
                 f"batch_size={config.batch_size} must be a multiple of {parts} (processes times accumulation)."
             )
-        if config.channels_last or (config.channels_last is None and accelerator.device.type == "cuda"):
+        on_cuda = accelerator.device.type == "cuda"
+        self.channels_last = on_cuda if config.channels_last is None else config.channels_last
+        if self.channels_last:
             unet.to(memory_format=torch.channels_last)
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
@@ -174,12 +176,14 @@ class TrainState:
         return {"gradient_norm": self.gradient_norm, "skipped_steps": self.skipped}
 
     def describe(self) -> str:
-        """The part of the plan that concerns the network and the machine."""
+        """The part of the plan that concerns the network and the machine, and what was chosen for it."""
         accelerator, config = self.accelerator, self.config
+        chosen = ["float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision]
+        chosen += ["channels-last"] * self.channels_last + ["compiled"] * config.compile + ["fused AdamW"]
         parameters = sum(p.numel() for p in self.average.module.parameters())
         parts = f"{accelerator.num_processes} processes x {config.gradient_accumulation_steps} accumulation steps"
         return (
             f"{type(self.average.module).__name__} of {parameters:,} parameters on {accelerator.device.type}, "
-            f"{accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'float32'}\n"
+            f"{', '.join(chosen)}\n"
             f"{config.steps} steps of {config.batch_size} images ({parts})"
         )

@@ -3,7 +3,7 @@
 import itertools
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import datasets
@@ -19,6 +19,7 @@ from ddpm_pipe.data import (
     find_image_column,
     find_label_column,
     flip_some,
+    map_cells,
     open_dataset,
     open_image,
     read_header,
@@ -55,15 +56,14 @@ class ImageStream:
         """
         channels, height, width = self.shape
 
-        def read(row: dict) -> np.ndarray | None:
+        def read(cell: dict | None) -> np.ndarray | None:
             try:
-                return to_array(open_image(row[self.column]), channels, (height, width))
+                return to_array(open_image(cell), channels, (height, width))
             except UNREADABLE as error:
                 warnings.warn(f"an image of the stream cannot be read: {error}", stacklevel=2)
                 return None
 
-        with ThreadPoolExecutor() as pool:
-            images = list(pool.map(read, rows))
+        images = map_cells(read, [row[self.column] for row in rows])
         readable = {i: image for i, image in enumerate(images) if image is not None}
         if not readable:
             raise ValueError(f"none of {len(rows)} images in a row of the stream can be read.")
@@ -135,7 +135,7 @@ class StreamBatches:
     """Batches of a stream; which rows make up a step is a function of (seed, step), as with `data.Batches`.
 
     A step is found by reading on to it, from the start where it lies behind. Every process reads all rows and decodes
-    its own.
+    its own, and does so for the next step, in a thread, while the network is at work on this one.
 
     Args:
         stream: the images.
@@ -148,21 +148,32 @@ class StreamBatches:
     def __init__(self, stream: ImageStream, batch_size: int, seed: int, flip: bool = False, buffer_size: int = 1000):
         self.stream, self.batch_size, self.seed, self.flip = stream, batch_size, seed, flip
         self.buffer_size = buffer_size
-        self._step, self._rows = -1, self._epochs()
-        self._batch: list[dict] = []
+        self._reader = ThreadPoolExecutor(1)  # one: it alone reads rows, in the order of the calls
+        self._ahead: dict[tuple[int, int], Future] = {}
+        self._read: dict[int, list[dict]] = {}  # step -> its rows, for the last two steps
+        self._rows = self._epochs()
 
     def _epochs(self) -> Iterator[dict]:
         for epoch in itertools.count():
             seed = derive_seed(self.seed, "order", epoch)
             yield from self.stream.rows.shuffle(seed=seed, buffer_size=self.buffer_size)
 
+    def _decode(self, step: int, part: slice) -> tuple[Tensor, Tensor | None]:
+        """A part of the rows of a step as images and labels, in the reader's thread."""
+        last = max(self._read, default=-1)
+        if step < last and step not in self._read:
+            self._read, self._rows, last = {}, self._epochs(), -1
+        for reading in range(last + 1, step + 1):
+            self._read[reading] = list(itertools.islice(self._rows, self.batch_size))
+            self._read.pop(reading - 2, None)
+        return self.stream.decode(self._read[step][part])
+
     def __call__(self, step: int, part: slice, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor | None]:
         """A part of the batch of optimizer step `step`: x0 in [-1, 1], (n, C, H, W), and labels (n,) or None."""
-        if step < self._step:
-            self._step, self._rows = -1, self._epochs()
-        while self._step < step:
-            self._step, self._batch = self._step + 1, list(itertools.islice(self._rows, self.batch_size))
-        images, labels = self.stream.decode(self._batch[part])
+        now = self._ahead.pop((step, part.start), None) or self._reader.submit(self._decode, step, part)
+        self._ahead = {key: ahead for key, ahead in self._ahead.items() if key[0] >= step}
+        self._ahead[step + 1, part.start] = self._reader.submit(self._decode, step + 1, part)
+        images, labels = now.result()
         x0 = to_unit_range(images.to(device, non_blocking=True))
         if self.flip:
             x0 = flip_some(x0, torch.rand(self.batch_size, generator=generator(self.seed, "flip", step))[part])

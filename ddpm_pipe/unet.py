@@ -77,8 +77,8 @@ class ChannelLayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), self.weight, eps=1e-5)
-        return normed.permute(0, 3, 1, 2)
+        normed = F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), self.weight, eps=1e-5).permute(0, 3, 1, 2)
+        return normed.contiguous() if x.is_contiguous() else normed
 
 
 class ChannelRMSNorm(nn.Module):

@@ -1,6 +1,8 @@
 """Images in, uint8 tensors out; order as a function of the seed; every bad input one sentence."""
 
+import io
 import shutil
+import threading
 from pathlib import Path
 
 import datasets
@@ -9,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_pipe.data import Batches, ImageData, load_images, to_array, to_unit_range
+from ddpm_pipe.data import Batches, ImageData, load_images, map_cells, open_image, to_array, to_unit_range
 from ddpm_pipe.stream import stream_images
 
 RED, GREY = (200, 30, 40), 90
@@ -291,3 +293,21 @@ def test_half_of_the_images_are_mirrored():
     left = batches(0, slice(0, 1000))[0][:, 0, 0, 0]
     assert set(left.tolist()) == {-1.0, 1.0}
     assert 440 < (left == 1).sum() < 560  # 3.8 standard deviations
+
+
+@pytest.mark.parametrize(("size", "in_threads"), [(8, False), (200, True)])
+def test_only_large_files_are_decoded_in_threads(size, in_threads):
+    noise = np.random.default_rng(0).integers(0, 256, (20, size, size), np.uint8)
+    cells = []
+    for image in noise:
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "png")
+        cells.append({"bytes": buffer.getvalue(), "path": None})
+    threads = set()
+
+    def decode(cell):
+        threads.add(threading.current_thread())
+        return np.asarray(open_image(cell))
+
+    assert np.array_equal(map_cells(decode, cells), noise)
+    assert (threading.main_thread() not in threads) == in_threads

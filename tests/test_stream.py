@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import threading
 
 import datasets
 import numpy as np
@@ -116,3 +117,25 @@ def test_bad_input_is_one_sentence(tmp_path, options, sentence):
     table.to_parquet(tmp_path / "train-0.parquet")
     with pytest.raises(ValueError, match=sentence):
         stream_images(str(tmp_path), **options)
+
+
+def test_the_next_step_is_read_while_the_network_is_at_work(stream, monkeypatch):
+    read, decode = threading.Semaphore(0), type(stream).decode
+
+    def counted(self, rows):
+        read.release()
+        return decode(self, rows)
+
+    monkeypatch.setattr(type(stream), "decode", counted)
+    batches = StreamBatches(stream, 4, seed=0)
+    batches(0, slice(0, 4))
+    assert all(read.acquire(timeout=60) for _ in range(2))  # that of step 1 without being asked for it
+    batches(1, slice(0, 4))
+    assert read.acquire(timeout=60) and not read.acquire(blocking=False)  # that of step 2; of step 1 not again
+
+
+def test_parts_of_a_step_are_those_of_the_whole_while_the_next_is_read(stream):
+    whole, parts = StreamBatches(stream, 6, seed=0), StreamBatches(stream, 6, seed=0)
+    for step in (0, 1, 2, 1, 7):
+        drawn = [numbers(parts(step, slice(start, start + 3))[0]) for start in (0, 3)]
+        assert [*drawn[0], *drawn[1]] == numbers(whole(step, slice(0, 6))[0])
