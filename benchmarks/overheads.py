@@ -54,7 +54,7 @@ def measure(preset: Path, batch_size: int = 16, repeats: int = 5) -> None:
 
     def update_averages() -> None:
         for average in averages:
-            average.update(accelerator.unwrap_model(state.unet), 1)
+            average.update(1)
 
     with tempfile.TemporaryDirectory() as folder:
         step, update = median_seconds(train_step, repeats), median_seconds(update_averages, repeats)

@@ -7,6 +7,7 @@ what a part of the step costs in another setting: a few minutes on a CPU. `--qui
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -18,14 +19,14 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
-from recipes import NETWORKS, STEPS, make_config, make_data, our_batches, peer_batches
+from recipes import NETWORKS, STEPS, make_config, make_data, make_network, our_step, peer_batches
 from timing import DEVICE, Step, interleaved, median, ratios, table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_pipe import DDIMScheduler, DDPMPipeline, DDPMScheduler
 from ddpm_pipe.data import load_images
-from ddpm_pipe.recipe import TrainConfig, make_unet
+from ddpm_pipe.recipe import TrainConfig
 from ddpm_pipe.stream import stream_images
 from ddpm_pipe.train import describe_device
 
@@ -60,7 +61,7 @@ def ceiling(rounds: int) -> dict[str, float]:
 
 def flops_per_image(config: TrainConfig) -> float:
     """Of the network, forward and backward."""
-    model = make_unet(config, load_images(config.data))
+    model = make_network(config)
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, 32, 32), torch.zeros(1)).sample.sum().backward()
     return counter.get_total_flops()
@@ -69,16 +70,18 @@ def flops_per_image(config: TrainConfig) -> float:
 def training(data: str, reached: dict[str, float], networks: dict[str, dict], rounds: int) -> None:
     for title, unet in networks.items():
         config, steps = make_config(data, unet, BATCH), {}
-        for recipe, make_step in STEPS.items():
-            for name, precision in PRECISIONS.items():
+        for name, precision in PRECISIONS.items():
+            for recipe, make_step in STEPS.items():
                 try:
                     steps[f"{recipe} {name}"] = make_step(config, precision)
                 except pytest.skip.Exception as reason:
                     print(reason)
+            if DEVICE.type == "cuda":  # on a CPU it takes minutes to compile and is no faster
+                steps[f"ddpm_pipe, compiled {name}"] = our_step(replace(config, compile=True), precision)
         seconds, flops = interleaved(steps, rounds, warm_up=2), flops_per_image(config)
         rows = []
         for name, times in seconds.items():
-            precision, rate = name.split()[1], BATCH / median(times)
+            precision, rate = name.split()[-1], BATCH / median(times)
             share = f"{flops * rate / 1e9:.0f} ({flops * rate / reached[precision]:.0%})"
             stock = [seconds[f"diffusers {base}"] for base in ("float32", precision)]
             rows.append([name, f"{rate:.3g}", share, *(ratios(times, base) for base in stock)])
@@ -91,9 +94,9 @@ def training(data: str, reached: dict[str, float], networks: dict[str, dict], ro
 
 def data_path(data: str, rounds: int) -> None:
     """Images/s that the data alone give, without a network to feed."""
-    config, part, steps = make_config(data, {}, BATCH), slice(0, BATCH), count()
-    peer, resident = peer_batches(data, BATCH), our_batches(config)
-    streamed = stream_images(data).batches(BATCH, 0, flip=True)
+    part, steps = slice(0, BATCH), count()
+    peer = peer_batches(data, BATCH)
+    resident, streamed = (opened(data).batches(BATCH, 0, flip=True) for opened in (load_images, stream_images))
     seconds = interleaved(
         {
             "diffusers, a DataLoader": lambda: next(peer),
@@ -117,10 +120,10 @@ class Nothing(ModelMixin, ConfigMixin):
     def __init__(self, sample_size: int = 32, in_channels: int = 3, out_channels: int = 3):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(()))
-        self.register_buffer("answer", torch.zeros(1, in_channels, sample_size, sample_size))
+        self.answer = UNet2DOutput(sample=torch.zeros(1, in_channels, sample_size, sample_size, device=DEVICE))
 
     def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> UNet2DOutput:
-        return UNet2DOutput(sample=self.answer)
+        return self.answer
 
 
 def sampling(rounds: int, steps: int = 1000) -> None:

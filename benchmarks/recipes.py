@@ -27,7 +27,7 @@ from timing import DEVICE, Step
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ddpm_pipe.data import Batches, load_images
+from ddpm_pipe.data import ImageData, load_images
 from ddpm_pipe.draws import micro_batches
 from ddpm_pipe.objective import Objective
 from ddpm_pipe.recipe import TrainConfig, make_scheduler, make_unet
@@ -69,8 +69,10 @@ def fresh_accelerator(precision: str) -> Accelerator:
     return Accelerator(cpu=DEVICE.type == "cpu", mixed_precision=precision)
 
 
-def our_batches(config: TrainConfig) -> Batches:
-    return load_images(config.data).batches(config.batch_size, 0, flip=True)
+def make_network(config: TrainConfig) -> ModelMixin:
+    """The network for images of the size of the first, without reading the others."""
+    width, height = Dataset.load_from_disk(config.data)[0]["image"].size
+    return make_unet(config, ImageData(torch.zeros(1, 3, height, width), torch.arange(1)))
 
 
 def our_step(config: TrainConfig, precision: str) -> Step:
@@ -79,7 +81,7 @@ def our_step(config: TrainConfig, precision: str) -> Step:
     data = load_images(config.data)
     state = TrainState(config, make_unet(config, data), accelerator)
     objective = Objective(make_scheduler(config))
-    batches, step = our_batches(config), 0
+    batches, step = data.batches(config.batch_size, 0, flip=True), 0
 
     def train_step() -> None:
         nonlocal step
@@ -116,7 +118,7 @@ def peer_batches(data: str, batch_size: int) -> Iterator[Tensor]:
 def diffusers_step(config: TrainConfig, precision: str) -> Step:
     """A step of diffusers' unconditional recipe."""
     accelerator = fresh_accelerator(precision)
-    model = make_unet(config, load_images(config.data))
+    model = make_network(config)
     average = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, power=0.75)
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
@@ -182,9 +184,10 @@ def lucidrains_step(config: TrainConfig, precision: str) -> Step:
     scratch = Path(tempfile.gettempdir()) / "ddpm_pipe-benchmarks"
     package = load(*LUCIDRAINS, scratch)
     package.Dataset = ImageRows
-    size = load_images(config.data).shape[-1]
-    network = Answering(make_unet(config, load_images(config.data)))
-    diffusion = package.GaussianDiffusion(network, image_size=size, objective="pred_noise", beta_schedule="linear")
+    network = make_network(config)
+    diffusion = package.GaussianDiffusion(
+        Answering(network), image_size=network.config.sample_size, objective="pred_noise", beta_schedule="linear"
+    )
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = package.Trainer(
             diffusion.to(DEVICE),

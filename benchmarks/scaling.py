@@ -1,12 +1,11 @@
-"""Speed and memory of training against batch, resolution, images and processes: `python benchmarks/scaling.py [folder]`
+"""Speed and memory of training against batch, resolution, images and processes: `python benchmarks/scaling.py`
 
 The small network in bf16, ours and diffusers' recipe. Each point is a process of its own, so that its peak of memory,
-above what the imports take, is its own. Prints tables and writes scaling.png into the folder; a few minutes on a CPU.
+above what the imports take, is its own. Prints tables and writes scaling.png beside this file; a few minutes on a CPU.
 """
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -34,6 +33,11 @@ MEASURES = {
 }
 
 
+def peak_memory() -> int:
+    """Bytes this process has held at most (Linux); that of getrusage counts its parent's too."""
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
 def point(recipe: str, data: str, batch: int, size: int, images: int, processes: int) -> None:
     """Measure one point in this process and print it as JSON."""
     before, begin = psutil.Process().memory_info().rss, time.perf_counter()
@@ -41,9 +45,7 @@ def point(recipe: str, data: str, batch: int, size: int, images: int, processes:
     step()
     start = time.perf_counter() - begin
     seconds = median(interleaved({recipe: step}, 10)[recipe])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    if DEVICE.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
+    peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else peak_memory() - before
     if int(os.environ.get("RANK", 0)) == 0:
         print(json.dumps({"images_per_second": batch / seconds, "peak": peak / 2**20, "start": start}))
 
@@ -74,7 +76,7 @@ def sweep(axis: str, scratch: Path) -> dict[str, list[dict[str, float]]]:
     return measured
 
 
-def main(folder: Path) -> None:
+def main() -> None:
     figure = Figure(figsize=(4 * len(AXES), 3 * len(MEASURES)), layout="constrained")
     plots = figure.subplots(len(MEASURES), len(AXES))
     with tempfile.TemporaryDirectory() as scratch:
@@ -93,11 +95,11 @@ def main(folder: Path) -> None:
                 plot.set(xscale="log", xticks=values, xticklabels=values, xlabel=label, ylabel=title, ylim=(0, None))
                 plot.minorticks_off()
     plots[0, 0].legend()
-    figure.savefig(folder / "scaling.png", dpi=80)
+    figure.savefig(Path(__file__).with_name("scaling.png"), dpi=80)
 
 
 if __name__ == "__main__":
     if "--point" in sys.argv:
         point(**json.loads(sys.argv[-1]))
     else:
-        main(Path(sys.argv[1] if len(sys.argv) > 1 else "."))
+        main()

@@ -48,19 +48,21 @@ class EMA:
     """An average of a model's weights as a module of its own, always in eval mode.
 
     Args:
-        model: the network that is trained; the average starts as a copy of it.
+        model: the network that is trained, on its device; the average starts as a copy of it.
         decay: optimizer step -> decay in [0, 1].
     """
 
     def __init__(self, model: nn.Module, decay: Callable[[int], float]):
         self.decay = decay
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        # listed once: to walk through a network takes longer than to average it on a GPU
+        self._parameters = list(self.module.parameters()), list(model.parameters())
+        self._buffers = list(zip(self.module.buffers(), model.buffers(), strict=True))
 
-    def update(self, model: nn.Module, step: int) -> None:
+    def update(self, step: int) -> None:
         """module <- decay(step) * module + (1 - decay(step)) * model; buffers are copied."""
-        average = get_ema_multi_avg_fn(self.decay(step))
-        average(list(self.module.parameters()), [p.detach() for p in model.parameters()], None)
-        for ours, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
+        get_ema_multi_avg_fn(self.decay(step))(*self._parameters, None)
+        for ours, theirs in self._buffers:
             ours.copy_(theirs)
 
 

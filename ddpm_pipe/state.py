@@ -38,8 +38,9 @@ class TrainState:
         self.profiles = {f"{w:g}": EMA(unet, partial(power_decay, sigma_rel=w)) for w in config.ema_sigma_rel}
         self.timesteps = TIMESTEP_SAMPLERS[config.timestep_sampling](config.num_train_timesteps)
         self.bad_steps, self.skipped, self.gradient_norm, self.rolled_back_to = 0, 0, 0.0, -1
+        self.parameters = list(unet.parameters())
         optimizer = torch.optim.AdamW(
-            unet.parameters(),
+            self.parameters,
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_eps,
@@ -60,7 +61,7 @@ class TrainState:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(step, self.config)
-        norm = self.accelerator.clip_grad_norm_(self.unet.parameters(), self.config.max_grad_norm or math.inf)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
         self.gradient_norm = float(norm)
         finite = math.isfinite(self.gradient_norm)
         if finite or self.accelerator.scaler is not None:  # a loss scaler skips by itself, and adapts
@@ -70,9 +71,8 @@ class TrainState:
             self.bad_steps, self.skipped = self.bad_steps + 1, self.skipped + 1
             return
         self.bad_steps = 0
-        unet = self.accelerator.unwrap_model(self.unet)
         for average in (self.average, *self.profiles.values()):
-            average.update(unet, step)
+            average.update(step)
         if self.config.timestep_sampling != "uniform":
             t, losses = self._whole_batch(seen)
             self.timesteps.update(t.long(), losses)

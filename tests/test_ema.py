@@ -9,15 +9,21 @@ from ddpm_pipe.ema import EMA, warmup_decay
 
 def network(value: float) -> nn.Module:
     model = nn.BatchNorm1d(3)  # has weights and buffers
-    for tensor in (*model.parameters(), model.running_mean):
-        tensor.data.fill_(value)
+    fill(model, value)
     return model
 
 
+def fill(model: nn.Module, value: float) -> None:
+    for tensor in (*model.parameters(), model.running_mean):
+        tensor.data.fill_(value)
+
+
 def test_average_follows_the_recursion():
-    average, decays, expected = EMA(network(9.0), lambda step: [0.0, 0.5, 0.9][step]), [0.0, 0.5, 0.9], 9.0
+    decays, expected, model = [0.0, 0.5, 0.9], 9.0, network(9.0)
+    average = EMA(model, lambda step: decays[step])
     for step, (decay, value) in enumerate(zip(decays, [1.0, 2.0, 3.0])):
-        average.update(network(value), step)
+        fill(model, value)
+        average.update(step)
         expected = decay * expected + (1 - decay) * value
         assert average.module.weight.tolist() == pytest.approx([expected] * 3)
         assert average.module.running_mean.tolist() == [value] * 3, "buffers are copied"
@@ -39,5 +45,5 @@ def test_average_is_an_eval_mode_module_of_its_own_without_gradients():
     model.weight.data.fill_(5.0)
     assert average.module.weight.tolist() == [1.0] * 3
     with torch.no_grad():
-        average.update(model, 0)
+        average.update(0)
     assert average.module.weight.tolist() == [3.0] * 3

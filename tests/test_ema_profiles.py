@@ -176,7 +176,7 @@ def random_walk():
         with torch.no_grad():
             model.weight.add_(torch.randn(16, 16, generator=generator) / 20)  # in all, as far as the start from 0
         for average in averages.values():
-            average.update(model, step)
+            average.update(step)
         if (step + 1) % 20 == 0:
             stored |= {(step + 1, width): averages[width].module.weight.double().clone() for width in TRACKED}
     return stored, {width: average.module.weight.double() for width, average in averages.items()}
