@@ -178,12 +178,13 @@ class TrainState:
     def describe(self) -> str:
         """The part of the plan that concerns the network and the machine, and what was chosen for it."""
         accelerator, config = self.accelerator, self.config
+        device = accelerator.device.type
+        device = f"{torch.get_num_threads()} CPU threads" if device == "cpu" else device
         chosen = ["float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision]
         chosen += ["channels-last"] * self.channels_last + ["compiled"] * config.compile + ["fused AdamW"]
         parameters = sum(p.numel() for p in self.average.module.parameters())
         parts = f"{accelerator.num_processes} processes x {config.gradient_accumulation_steps} accumulation steps"
         return (
-            f"{type(self.average.module).__name__} of {parameters:,} parameters on {accelerator.device.type}, "
-            f"{', '.join(chosen)}\n"
+            f"{type(self.average.module).__name__} of {parameters:,} parameters on {device}: {', '.join(chosen)}\n"
             f"{config.steps} steps of {config.batch_size} images ({parts})"
         )

@@ -1,14 +1,18 @@
 """The whole loop on real images and a small network: it learns, it saves, and it is the same run however it is cut."""
 
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
-from runs import NETWORK, STOCK, assert_same, final_state, launch, loss_curve, write_config
+from runs import NETWORK, REPO, STOCK, assert_same, final_state, launch, loss_curve, write_config
 from safetensors.torch import load_file
 
 from ddpm_pipe import DDPMPipeline
@@ -186,3 +190,19 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(recipe, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(ValueError, match=r"output_dir=.* cannot be written"):
         train(recipe("file/run"))
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="threads matter on CPUs only")
+def test_a_process_alone_takes_all_cores_of_a_cpu_under_accelerate_launch(recipe):
+    """Not told of the CPU, the launcher would leave it one."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "examples/train.py"]
+    done = subprocess.run(
+        [*command, write_config(recipe(steps=1, sample_every=0))],
+        cwd=REPO,
+        env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"on {psutil.cpu_count(logical=False)} CPU threads: float32, fused AdamW\n" in done.stdout
