@@ -4,14 +4,13 @@ Prints, for the network of each preset: seconds of a step (median), of the updat
 shares of it, and the memory and disk they take.
 """
 
-import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from timing import interleaved, median
 
 from ddpm_pipe.config import parse_config
 from ddpm_pipe.data import ImageData
@@ -21,16 +20,6 @@ from ddpm_pipe.state import TrainState
 
 PRESETS = Path(__file__).resolve().parent.parent / "examples" / "presets"
 SHAPES = {"fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32), "flowers": (3, 128, 128)}
-
-
-def median_seconds(function, repeats: int) -> float:
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def measure(preset: Path, batch_size: int = 16, repeats: int = 5) -> None:
@@ -57,8 +46,8 @@ def measure(preset: Path, batch_size: int = 16, repeats: int = 5) -> None:
             average.update(1)
 
     with tempfile.TemporaryDirectory() as folder:
-        step, update = median_seconds(train_step, repeats), median_seconds(update_averages, repeats)
-        save = median_seconds(lambda: state.save(Path(folder), 1), 3)
+        jobs = {"step": train_step, "update": update_averages, "save": lambda: state.save(Path(folder), 1)}
+        step, update, save = (median(seconds) for seconds in interleaved(jobs, repeats).values())
         size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 2**20
     weights = sum(p.numel() * 4 for p in state.average.module.parameters()) / 2**20
     print(

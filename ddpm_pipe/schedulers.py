@@ -185,8 +185,14 @@ class _DiffusionScheduler(SchedulerMixin, ConfigMixin):
 
     def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
         """The timestep that follows `timestep` in sampling, -1 after the last: a number for a number, else a tensor
-        shaped like `timestep`."""
+        shaped like `timestep`.
+
+        Raises:
+            ValueError: for a number that is not a timestep of the chain.
+        """
         if not isinstance(timestep, Tensor):
+            if timestep not in self._previous_numbers:
+                raise ValueError(f"timestep={timestep} must be a whole number from 0 to {len(self) - 1}.")
             return self._previous_numbers[timestep]
         self._previous = self._previous.to(timestep.device)
         return self._previous.index_select(0, timestep.reshape(-1)).view(timestep.shape)
@@ -448,7 +454,8 @@ class DDIMScheduler(_DiffusionScheduler):
             raise ValueError("step takes a generator or variance_noise, not both.")
         output, x_t = _at_least_float32(model_output, sample)
         output = output[:, : x_t.shape[1]] if output.shape != x_t.shape else output
-        alpha_bar_t, alpha_bar_s = self.alpha_bar(timestep), self.alpha_bar(self.previous_timestep(timestep))
+        s = self.previous_timestep(timestep)
+        alpha_bar_t, alpha_bar_s = self.alpha_bar(timestep), self.alpha_bar(s)
 
         row = PREDICTIONS[self.config.prediction_type]
         x0 = self._clip(row.x0(output, x_t, alpha_bar_t))

@@ -622,6 +622,33 @@ def test_ddim_at_eta_1_is_ddpm_with_the_posterior_variance(prediction_type, spac
         assert_close(ddim.step(output, t, x_t, eta=1.0, generator=h).prev_sample, expected, rtol=1e-9, atol=1e-9)
 
 
+@both
+@pytest.mark.parametrize("timestep", [-1, 1000, 0.5])
+def test_a_number_that_is_no_timestep_is_one_sentence(scheduler_class, timestep):
+    x_t = images(1, 3, 4, 4)
+    with pytest.raises(ValueError, match=rf"timestep={timestep} must be a whole number from 0 to 999\."):
+        scheduler_class().step(x_t, timestep, x_t)
+
+
+@every_step
+def test_a_number_takes_the_step_of_a_tensor(scheduler_class, config):
+    scheduler, x_t = scheduler_class(**config), images(2, 3, 4, 4)
+    scheduler.set_timesteps(7)
+    output = network_output(config.get("variance_type", ""), 0)
+    for t in scheduler.timesteps[[0, 3, -1]]:
+        g, h = generators(0, 0)
+        of_tensor = scheduler.step(output, t, x_t, **noisy(scheduler_class), generator=g)
+        of_number = scheduler.step(output, t.item(), x_t, **noisy(scheduler_class), generator=h)
+        assert_close(of_number.prev_sample, of_tensor.prev_sample, rtol=1e-12, atol=1e-12)
+        assert_close(of_number.pred_original_sample, of_tensor.pred_original_sample, rtol=1e-12, atol=1e-12)
+
+
+def test_eta_outside_its_range_is_one_sentence():
+    x_t = images(1, 3, 4, 4)
+    with pytest.raises(ValueError, match=r"eta=1\.5 must lie between 0 \(DDIM\) and 1 \(DDPM\)\."):
+        DDIMScheduler().step(x_t, 5, x_t, eta=1.5)
+
+
 # ---------------------------------------------------------------- no host sync, torch.compile
 
 
