@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
+import torch
 import yaml
 from transformers import HfArgumentParser
 
@@ -84,8 +87,17 @@ def save_config(config: Any, path: Path) -> None:
     replace_text(path, json.dumps(values, indent=2) + "\n" if as_json else yaml.safe_dump(values, sort_keys=False))
 
 
+def use_all_cores() -> None:
+    """Undo that `accelerate launch`, where --cpu does not tell it of the CPU, leaves a process one thread."""
+    left_one = os.environ.get("ACCELERATE_USE_CPU") == "False" and os.environ.get("OMP_NUM_THREADS") == "1"
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if left_one and alone and not torch.accelerator.is_available():
+        torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
+
+
 def main(function: Callable[[T], Any], config_class: Callable[..., T], **defaults: Any) -> None:
     """Run `function` on the config of the command line; bad input or a bad disk end in one sentence and exit code 2."""
+    use_all_cores()
     try:
         function(parse_config(config_class, sys.argv[1:], **defaults))
     except (ValueError, OSError) as error:

@@ -12,7 +12,6 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-import psutil
 import torch
 import yaml
 from accelerate import Accelerator
@@ -137,21 +136,13 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         precision = "bf16" if _computes_bf16() else "no"
     if precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("mixed_precision='fp16' needs a CUDA device; use bf16 or no.")
-    accelerator = Accelerator(
+    return Accelerator(
         cpu=not torch.accelerator.is_available(),  # said outright, so that several processes on CPUs find each other
         mixed_precision=precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if tracker == "none" else tracker,
         project_dir=config.output_dir,
     )
-    if accelerator.device.type == "cpu" and accelerator.num_processes == 1 and _threads_are_the_launchers():
-        torch.set_num_threads(psutil.cpu_count(logical=False) or torch.get_num_threads())
-    return accelerator
-
-
-def _threads_are_the_launchers() -> bool:
-    """Whether `accelerate launch`, not told by --cpu that there is no other device, left this process one thread."""
-    return os.environ.get("ACCELERATE_USE_CPU") == "False" and os.environ.get("OMP_NUM_THREADS") == "1"
 
 
 def _computes_bf16() -> bool:
