@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from timing import interleaved, median
 
 from ddpm_pipe.config import parse_config
-from ddpm_pipe.data import ImageData
+from ddpm_pipe.data import ImageData, to_unit_range
 from ddpm_pipe.objective import Objective
 from ddpm_pipe.recipe import TrainConfig, make_scheduler, make_unet
 from ddpm_pipe.state import TrainState
@@ -31,7 +31,7 @@ def measure(preset: Path, batch_size: int = 16, repeats: int = 5) -> None:
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="bf16")
     state = TrainState(config, make_unet(config, data), accelerator)
     objective = Objective(make_scheduler(config))
-    x0 = (images.float() / 127.5 - 1).to(accelerator.device)
+    x0 = to_unit_range(images).to(accelerator.device)
     t, eps = torch.arange(batch_size, device=x0.device), torch.randn_like(x0)
     labels = {"class_labels": t % 10} if config.class_conditional else {}
     averages = (state.average, *state.profiles.values())

@@ -9,7 +9,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,22 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or leave it as it was."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name to write to, whose file becomes `path` when all is written."""
     new = path.with_name(f".{path.name}.new")
     try:
-        new.write_text(text)
+        yield new
+        sync(new)
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or leave it as it was."""
+    with whole_file(path) as new:
+        new.write_text(text)
 
 
 def replace_folder(folder: Path, write: Callable[[Path], Any]) -> None:
@@ -115,7 +124,7 @@ class Checkpoints:
         def write(folder: Path) -> None:
             save_tensors(folder, weights)
             torch.save(dict(state), folder / "state.pt")
-            sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+            sums = {path.name: sha256(path) for path in sorted(folder.iterdir())}
             (folder / MANIFEST).write_text(json.dumps({"step": step, "sha256": sums}, indent=2))
 
         replace_folder(self.path(step), write)
@@ -151,12 +160,13 @@ class Checkpoints:
 
     def _read(self, folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         for name, expected in json.loads((folder / MANIFEST).read_text())["sha256"].items():
-            if _sha256(folder / name) != expected:
+            if sha256(folder / name) != expected:
                 raise CheckpointError(f"{name} is not what its checksum says")
         weights = {path.stem: safetensors.torch.load_file(path) for path in folder.glob("*.safetensors")}
         return weights, torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -316,7 +316,7 @@ def load_images(
     labels, names = read_labels(dataset, find_label_column(dataset, label_column)) if with_labels else (None, ())
     cells = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
 
-    headers = list(_map_cells(read_header, cells, column))
+    headers = list(_map_column(read_header, cells, column))
     readable = [header for header in headers if header.error is None]
     if not readable:
         raise ValueError(f"data={data!r} has no image that can be read in column {column!r} ({len(headers)} rows).")
@@ -341,7 +341,7 @@ def load_images(
     )
 
 
-def _map_cells(function: Callable[[dict | None], T], cells: datasets.Dataset, column: str) -> Iterator[T]:
+def _map_column(function: Callable[[dict | None], T], cells: datasets.Dataset, column: str) -> Iterator[T]:
     """`function` of every image cell, in order."""
     for batch in cells.iter(batch_size=1024):
         yield from map_cells(function, batch[column])
@@ -358,7 +358,7 @@ def _decode_into(images: np.ndarray, cells: datasets.Dataset, column: str) -> di
             return None, f"{(cell or {}).get('path') or 'no path'}: {error}"
 
     skipped = {}
-    for i, (image, reason) in enumerate(_map_cells(decode, cells, column)):
+    for i, (image, reason) in enumerate(_map_column(decode, cells, column)):
         if image is None:
             skipped[i] = reason
         else:

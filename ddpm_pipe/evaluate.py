@@ -9,7 +9,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from ddpm_pipe.pipeline import PixelDiffusionPipeline
 from ddpm_pipe.prediction import PREDICTIONS
 from ddpm_pipe.randomness import generator
 from ddpm_pipe.recipe import CONFIG
-from ddpm_pipe.sampling import SampleConfig, pipeline_for, protocol, sample_images
+from ddpm_pipe.sampling import SampleConfig, pipeline_for, processes, protocol, sample_images
 from ddpm_pipe.schedulers import DDPMScheduler
 
 Row = dict[str, Any]
@@ -101,7 +100,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     Raises:
         ValueError: for a config, model, data or feature network that cannot work, in one sentence.
     """
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
+    state = processes()
     folder = output_folder(config)
     with state.main_process_first():  # it fills the caches
         pipeline = pipeline_for(config).to(state.device)
@@ -120,7 +119,9 @@ def evaluate(config: EvaluateConfig) -> Path:
         result["features"] = {"name": network.name, "hash": network.hash}
         reference = reference_features(network, lambda rows: training.take(torch.tensor(rows))[0], len(training))
         for settings in config.points():
-            point = measure_samples(replace(config, sweep=[], **settings), network, reference, state)
+            changed = replace(config, sweep=[], **settings)
+            sampled = pipeline_for(changed).to(state.device) if settings else pipeline
+            point = measure_samples(changed, sampled, network, reference, state)
             result["points"].append({"settings": settings} | point)
         result["metrics"] += min(result["points"], key=distance)["metrics"]  # of a sweep, the best
     rest: list[Row] = []
@@ -162,10 +163,13 @@ def real_images(config: EvaluateConfig, split: str, pipeline: PixelDiffusionPipe
 
 
 def measure_samples(
-    config: EvaluateConfig, network: FeatureNetwork, reference: Tensor, state: PartialState
+    config: EvaluateConfig,
+    pipeline: PixelDiffusionPipeline,
+    network: FeatureNetwork,
+    reference: Tensor,
+    state: PartialState,
 ) -> dict[str, Any]:
     """Draw the images of one setting and compare them with the reference; of each batch only the features are kept."""
-    pipeline = pipeline_for(config).to(state.device)
 
     def images(rows: range) -> Tensor:
         ((_, drawn, _),) = sample_images(pipeline, list(rows), len(rows), **config.call_options())

@@ -16,7 +16,7 @@ from huggingface_hub.constants import HF_HOME
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ddpm_pipe.checkpoint import CheckpointError, replace_folder, save_tensors
+from ddpm_pipe.checkpoint import CheckpointError, replace_folder, save_tensors, sha256
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def load_features(features: str, device: str | torch.device = "cpu") -> FeatureN
     path = Path(features).expanduser()
     if not path.is_file():
         raise ValueError(f"features={features!r} is no file; {INSTEAD} (TorchScript or an exported program).")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = sha256(path)
     return FeatureNetwork(_read_module(path).to(device), f"{path.name} (sha256 {digest[:12]})", digest, device)
 
 

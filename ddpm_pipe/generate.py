@@ -9,26 +9,32 @@ import json
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ddpm_pipe.checkpoint import replace_text, sync
+from ddpm_pipe.checkpoint import replace_text, whole_file
 from ddpm_pipe.config import option
 from ddpm_pipe.noise import check_choice
 from ddpm_pipe.portable import DDPMPipeline
-from ddpm_pipe.sampling import Batch, SampleConfig, label_cycle, pipeline_for, protocol, sample_images, try_out
+from ddpm_pipe.sampling import (
+    Batch,
+    SampleConfig,
+    label_cycle,
+    pipeline_for,
+    processes,
+    protocol,
+    sample_images,
+    try_out,
+)
 
 GENERATION = "generation.json"
 """The protocol of a folder of images, written before the first of them."""
@@ -74,18 +80,6 @@ def parse_seeds(text: str) -> list[int]:
 
 
 # ---------------------------------------------------------------- files: written whole or not at all
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A name to write to, whose file becomes `path` when all is written."""
-    new = path.with_name(f".{path.name}.new")
-    try:
-        yield new
-        sync(new)
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def _named_png(seed: int, image: Tensor) -> tuple[str, bytes]:
@@ -181,8 +175,7 @@ def generate(config: GenerateConfig) -> Path:
     Raises:
         ValueError: for a config that cannot work or a folder with images of another one, in one sentence.
     """
-    # said outright, so that several processes on CPUs find each other; those that are done wait for the others
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
+    state = processes()
     with state.main_process_first():  # it fills the cache of the Hub
         pipeline = pipeline_for(config).to(state.device)
     try_out(config, pipeline)

@@ -5,6 +5,7 @@ import inspect
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from accelerate import PartialState
 from diffusers import ModelMixin, SchedulerMixin
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 
+from ddpm_pipe.checkpoint import sha256
 from ddpm_pipe.config import JsonDict, option
 from ddpm_pipe.noise import check_choice
 from ddpm_pipe.pipeline import null_class
@@ -80,6 +83,12 @@ class SampleConfig:
         """The options of `sample_images`."""
         names = ("eta", "class_labels", "guidance_scale")
         return {"num_inference_steps": self.steps} | {name: getattr(self, name) for name in names}
+
+
+def processes() -> PartialState:
+    """The processes of this launch; those that are done wait for the others, for days."""
+    # said outright, so that several processes on CPUs find each other
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
 
 
 # ---------------------------------------------------------------- images in memory
@@ -207,12 +216,13 @@ def protocol(config: SampleConfig, pipeline: DDPMPipeline) -> dict[str, Any]:
     weights = sorted(Path(pipeline.name_or_path, "unet").glob("*.safetensors"))
     scheduler = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
     if scheduler.get("trained_betas") is not None:
-        scheduler["trained_betas"] = _sha256(np.asarray(scheduler["trained_betas"], np.float64).tobytes())
+        betas = np.asarray(scheduler["trained_betas"], np.float64)
+        scheduler["trained_betas"] = hashlib.sha256(betas.tobytes()).hexdigest()
     cycle = label_cycle(pipeline.unet, config.class_labels)
     entries = {
         "model": config.model,
         "revision": config.revision,
-        "unet_sha256": {path.name: _sha256(path.read_bytes()) for path in weights},
+        "unet_sha256": {path.name: sha256(path) for path in weights},
         "scheduler": {"class": type(pipeline.scheduler).__name__} | scheduler,
         "steps": config.steps or pipeline.scheduler.config.num_train_timesteps,
         "eta": config.eta,
@@ -223,10 +233,6 @@ def protocol(config: SampleConfig, pipeline: DDPMPipeline) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("ddpm_pipe", "torch", "diffusers")},
     }
     return json.loads(json.dumps(entries))
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def _shortened(cycle: list[int]) -> str:

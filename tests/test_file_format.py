@@ -135,7 +135,7 @@ ALLOWED_IMPORTS = {
     "card": {"config", "log", "recipe"},
     "hub": {"card", "config"},
     # what is done with a trained model
-    "sampling": {"config", "noise", "pipeline", "portable"},
+    "sampling": {"checkpoint", "config", "noise", "pipeline", "portable"},
     "generate": {"checkpoint", "config", "noise", "portable", "sampling"},
     "features": {"checkpoint"},
     "metrics": set(),
