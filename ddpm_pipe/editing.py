@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ddpm_pipe.data import to_array
-from ddpm_pipe.noise import add_noise, check_choice
+from ddpm_pipe.noise import add_noise, check_choice, check_number
 from ddpm_pipe.pipeline import OUTPUT_TYPES, PixelDiffusionPipeline
 from ddpm_pipe.prediction import PREDICTIONS
 
@@ -51,9 +51,10 @@ class InterpolationPipeline(PixelDiffusionPipeline):
             ValueError: for a scheduler that is not DDIM, or an argument that cannot be honoured, naming it.
         """
         check_ddim(self.scheduler)
+        check_number("count", count, whole=True)
         if count < 2:
             raise ValueError(f"count={count} must be at least 2, the two ends.")
-        self._check_generator(generator, 2)
+        self._check_batch(generator, 2)
         first, last = self._initial_noise(2, generator, sample)
         path = slerp(first, last, torch.linspace(0, 1, count))
         return super().__call__(
@@ -95,6 +96,7 @@ class ImageToImagePipeline(PixelDiffusionPipeline):
             ValueError: for an argument that this network or scheduler cannot honour, naming it.
         """
         check_choice("output_type", output_type, OUTPUT_TYPES)
+        check_number("strength", strength)
         if not 0 < strength <= 1:
             raise ValueError(f"strength={strength} must be more than 0 and at most 1.")
         x0 = 2 * read_images("image", image, self.image_shape).to(self._execution_device) - 1
@@ -240,6 +242,8 @@ def resampling_order(steps: int, jump_length: int, resamplings: int) -> list[int
     Raises:
         ValueError: for a jump longer than the chain, or resamplings below 1.
     """
+    check_number("jump_length", jump_length, whole=True)
+    check_number("resamplings", resamplings, whole=True)
     if resamplings < 1:
         raise ValueError(f"resamplings={resamplings} must be at least 1.")
     if resamplings > 1 and not 1 <= jump_length < steps:
@@ -261,8 +265,8 @@ def read_images(name: str, images: Images, shape: tuple[int, int, int]) -> Tenso
     Raises:
         ValueError: for anything else, naming the argument `name`.
     """
-    rows = [images] if isinstance(images, Image.Image) else list(images)
-    if not rows or not all(isinstance(row, Image.Image | Tensor) for row in rows):
+    rows = list(images) if isinstance(images, (list, tuple, Tensor)) else [images]
+    if not rows or not all(isinstance(row, Tensor) or (isinstance(row, Image.Image) and all(row.size)) for row in rows):
         raise ValueError(f"{name} must be a PIL image, a list of them, or a tensor of shape (B, {str(shape)[1:]}.")
     tensors = [row if isinstance(row, Tensor) else _from_pil(row, shape) for row in rows]
     for tensor in tensors:

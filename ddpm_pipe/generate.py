@@ -39,6 +39,9 @@ from ddpm_pipe.sampling import (
 GENERATION = "generation.json"
 """The protocol of a folder of images, written before the first of them."""
 
+MAX_SEEDS = 10_000_000
+"""Images that one call of `generate` draws at most; more would fill the memory with their seeds alone."""
+
 NOT_COMPARED = ("model", "revision", "seeds", "versions")
 """Entries of a protocol that may change when a folder is gone on with: the weights are known by their checksums."""
 
@@ -65,9 +68,9 @@ def parse_seeds(text: str) -> list[int]:
     """The seeds of "0-49999" or "1,5,7-9", increasing and each once.
 
     Raises:
-        ValueError: where it is not of this form.
+        ValueError: where it is not of this form, or holds more than `MAX_SEEDS`.
     """
-    seeds: set[int] = set()
+    ranges = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part.strip())  # more digits fit no 64-bit integer
         if not match or int(match[1]) > int(match[2] or match[1]):
@@ -75,8 +78,11 @@ def parse_seeds(text: str) -> list[int]:
                 f"seeds={text!r} must be numbers of up to 18 digits and ranges with commas between, as 0-49999 or "
                 "1,5,7-9."
             )
-        seeds.update(range(int(match[1]), int(match[2] or match[1]) + 1))
-    return sorted(seeds)
+        ranges.append(range(int(match[1]), int(match[2] or match[1]) + 1))
+    count = sum(part.stop - part.start for part in ranges)
+    if count > MAX_SEEDS:
+        raise ValueError(f"seeds={text!r} are {count:,} images; a folder takes at most {MAX_SEEDS:,}.")
+    return sorted(set().union(*ranges))
 
 
 # ---------------------------------------------------------------- files: written whole or not at all
@@ -157,10 +163,20 @@ FORMATS = {
 
 
 def seeds_in(folder: Path, output_format: str) -> set[int]:
-    """The seeds of the images that a folder holds in this format."""
+    """The seeds of the images that a folder holds in this format.
+
+    Raises:
+        ValueError: for a shard that cannot be read, naming it.
+    """
     row = FORMATS[output_format]
-    files = (path for path in folder.iterdir() if re.fullmatch(row.pattern, path.name))
-    return {seed for file in files for seed in row.seeds(file)}
+    seeds: set[int] = set()
+    for file in folder.iterdir():
+        if re.fullmatch(row.pattern, file.name):
+            try:
+                seeds.update(row.seeds(file))
+            except (zipfile.BadZipFile, pa.ArrowException, KeyError, ValueError) as error:
+                raise ValueError(f"{file} is damaged ({error}); delete it, and its images are drawn again.") from error
+    return seeds
 
 
 # ---------------------------------------------------------------- the folder
@@ -223,7 +239,11 @@ def check_continuation(folder: Path, new: dict[str, Any]) -> list[dict[str, str]
     """
     if not (folder / GENERATION).exists():
         raise ValueError(f"output_dir={str(folder)!r} holds images but no {GENERATION}; choose another folder.")
-    old = json.loads((folder / GENERATION).read_text())
+    try:
+        old = json.loads((folder / GENERATION).read_text())
+        versions, old_seeds = old["versions"], set(parse_seeds(old["seeds"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / GENERATION} is damaged ({error}); choose another folder.") from error
     before, after = _flat(old), _flat(new)
     for key in before | after:
         if key.split(".")[0] not in NOT_COMPARED and before.get(key) != after.get(key):
@@ -231,12 +251,12 @@ def check_continuation(folder: Path, new: dict[str, Any]) -> list[dict[str, str]
                 f"output_dir={str(folder)!r} holds images of {key}={before.get(key)!r}, not {after.get(key)!r}; "
                 "choose another folder, or the same settings."
             )
-    if not set(parse_seeds(old["seeds"])) <= set(parse_seeds(new["seeds"])):
+    if not old_seeds <= set(parse_seeds(new["seeds"])):
         raise ValueError(
             f"output_dir={str(folder)!r} holds images of seeds={old['seeds']!r}, which are not all in {new['seeds']!r};"
             " choose another folder, or seeds that include them."
         )
-    return old["versions"]
+    return versions
 
 
 def _flat(entries: dict[str, Any], prefix: str = "") -> dict[str, Any]:

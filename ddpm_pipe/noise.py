@@ -7,6 +7,7 @@ or a 0-d tensor (the whole batch at one noise level) or of shape (B,) (one per i
 
 import math
 from collections.abc import Callable, Collection
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -17,6 +18,13 @@ def check_choice(name: str, value: str, accepted: Collection[str]) -> None:
     """Raise one sentence naming the argument and the accepted values where `value` is not one of them."""
     if value not in accepted:
         raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(accepted)}.")
+
+
+def check_number(name: str, value: Any, whole: bool = False) -> None:
+    """Raise one sentence naming the argument where `value` is not a finite number, or not a whole one."""
+    is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r:.100} must be a {'whole' if whole else 'finite'} number.")
 
 
 # ---------------------------------------------------------------- schedules: name -> betas of shape (T,)

@@ -4,7 +4,7 @@ With `noise` and `prediction` this file travels with shared checkpoints that the
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
@@ -12,7 +12,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ddpm_pipe.noise import check_choice
+from ddpm_pipe.noise import check_choice, check_number
 from ddpm_pipe.prediction import PREDICTIONS
 
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -25,6 +25,35 @@ def null_class(unet: ModelMixin) -> int | None:
     """
     classes = unet.config.get("num_class_embeds")
     return None if classes is None else getattr(unet, "null_class", classes - 1)
+
+
+def check_scheduler(scheduler: SchedulerMixin) -> None:
+    """Check that a scheduler samples what this package trains: a chain of T noise levels from N(0, I) to an image.
+
+    Raises:
+        ValueError: for one that follows another process (flows, EDM, consistency in the scale of sigma, tokens), has
+            other noise levels than its config, needs more than the network's output, or draws its noise by itself.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    levels = getattr(scheduler, "alphas_cumprod", None)
+    if not isinstance(levels, Tensor) or levels.shape != (config.get("num_train_timesteps"),):
+        reason = "it has no noise level for each timestep of a DDPM"
+    elif config.get("snr_shift_scale", 1) != 1:
+        reason = f"snr_shift_scale={config.snr_shift_scale} moves its noise levels away from those of training"
+    elif "noise_sampler_seed" in config:
+        reason = "its noise comes from a seed of its own and not from the generator"
+    elif _needs_more_than_the_output(scheduler):
+        reason = "its step needs more than the network's output, the timestep and the sample"
+    else:
+        return
+    raise ValueError(f"scheduler={name} cannot sample this model: {reason}.")
+
+
+def _needs_more_than_the_output(scheduler: SchedulerMixin) -> bool:
+    parameters = inspect.signature(scheduler.step).parameters
+    required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    # UnCLIP's scheduler takes t - 1 for the next timestep unless it is told another
+    return required != ["model_output", "timestep", "sample"] or "prev_timestep" in parameters
 
 
 class PixelDiffusionPipeline(DiffusionPipeline):
@@ -65,6 +94,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[DiffusionPipeline, int, Tensor, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("sample",),
         sample: Tensor | None = None,
+        timesteps: Sequence[int] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Sample images (DDPM, Algorithm 2).
 
@@ -73,8 +103,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             generator: source of all noise; a list has one per image, and then an image depends on its own alone.
             num_inference_steps: 1 to T; None takes all T timesteps of the training chain.
             eta: noise of DDIM, 0 to 1; only for schedulers whose `step` takes it.
-            use_clipped_model_output: derive the noise anew from the clipped x0; DDIM only. None does so with a guidance
-                of more than 1, which pushes x0 far out of range: what is clipped of it would come back as clutter.
+            use_clipped_model_output: derive the noise anew from the clipped x0; DDIM only. None does so, since what is
+                clipped of x0 would stay in the noise as clutter; False is what diffusers does.
             class_labels: one class for all images or one per image; None draws without a class.
             guidance_scale: classifier-free guidance (Ho & Salimans 2022): 1 is the plain conditional model, more than 1
                 pushes away from the unconditional one.
@@ -84,22 +114,25 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                 returns replace those of the loop.
             callback_on_step_end_tensor_inputs: which tensors it is given, of `_callback_tensor_inputs`.
             sample: x_T (B, C, H, W) of unit variance to start from; None draws it.
+            timesteps: instead of a number of steps, the timesteps themselves, decreasing from T - 1 or less to 0 or
+                more; only for schedulers whose `set_timesteps` takes them.
 
         Raises:
-            ValueError: for an argument that this network or scheduler cannot honour, naming it.
+            ValueError: for an argument that this network or scheduler cannot honour, naming it, or images that are not
+                finite.
         """
         check_choice("output_type", output_type, OUTPUT_TYPES)
         for name in callback_on_step_end_tensor_inputs:
             check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
         if batch_size is None:
-            batch_size = 1 if sample is None else len(sample)
+            batch_size = len(sample) if isinstance(sample, Tensor) and sample.ndim else 1
         denoise, step_options = self._conditions(
             batch_size, generator, class_labels, guidance_scale, eta, use_clipped_model_output
         )
-        timesteps = self._choose_timesteps(num_inference_steps)
+        chosen = self._choose_timesteps(num_inference_steps, timesteps)
         sample = self._initial_noise(batch_size, generator, sample) * self.scheduler.init_noise_sigma
         callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
-        images = self._run(sample, timesteps, denoise, step_options, *callback)
+        images = self._run(sample, chosen, denoise, step_options, *callback)
         return self._output(images, output_type, return_dict)
 
     def _run(
@@ -119,6 +152,10 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         pred_original_sample = torch.zeros_like(sample)
         estimate_is_read = callback is not None or bool(self.unet.config.get("self_condition"))
         numbers = timesteps.tolist()  # the device is waited for once, here, and not by a scheduler in each step
+        if numbers[0] < numbers[-1]:
+            raise ValueError(
+                f"scheduler={type(scheduler).__name__} goes from an image to noise; use one whose timesteps decrease."
+            )
         for i, t in enumerate(self.progress_bar(timesteps)):
             model_input = scheduler.scale_model_input(sample, numbers[i])
             model_output = denoise(model_input, t, pred_original_sample)
@@ -159,28 +196,46 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         use_clipped_model_output: bool | None = None,
     ) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], dict]:
         """The network with labels and guidance, as (x_t, t, last x0) -> output, and the keywords of the steps."""
-        self._check_generator(generator, batch_size)
-        step_options = self._step_options(generator, eta, use_clipped_model_output, guided=guidance_scale > 1)
+        check_scheduler(self.scheduler)
+        check_number("eta", eta)
+        check_number("guidance_scale", guidance_scale)
+        self._check_batch(generator, batch_size)
+        step_options = self._step_options(generator, eta, use_clipped_model_output)
         labels = self._labels(class_labels, batch_size, guidance_scale)
         return self._denoiser(labels, guidance_scale), step_options
 
-    def _check_generator(self, generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> None:
-        if isinstance(generator, list) and len(generator) != batch_size:
+    def _check_batch(self, generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> None:
+        check_number("batch_size", batch_size, whole=True)
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1.")
+        several = isinstance(generator, list)
+        generators = generator if isinstance(generator, list) else [generator] * (generator is not None)
+        if not all(isinstance(each, torch.Generator) for each in generators):
+            raise ValueError(f"generator={generator!r:.100} must be a torch.Generator or a list of one per image.")
+        if several and len(generators) != batch_size:
             raise ValueError(
-                f"generator is a list of {len(generator)} for batch_size={batch_size}; give one per image."
+                f"generator is a list of {len(generators)} for batch_size={batch_size}; give one per image."
             )
 
-    def _choose_timesteps(self, num_inference_steps: int | None) -> Tensor:
-        """Set the scheduler's timesteps, all T of the training chain for None, and return them."""
-        steps = self.scheduler.config.num_train_timesteps
-        if num_inference_steps is None:
-            num_inference_steps = steps
-        if not 1 <= num_inference_steps <= steps:
-            raise ValueError(
-                f"num_inference_steps={num_inference_steps} must lie between 1 and num_train_timesteps={steps}."
-            )
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-        return self.scheduler.timesteps
+    def _choose_timesteps(self, num_inference_steps: int | None, timesteps: Sequence[int] | None = None) -> Tensor:
+        """Set the scheduler's timesteps and return them: as given, or so many, all T of the training chain for None."""
+        scheduler, device = self.scheduler, self._execution_device
+        if timesteps is not None:
+            if num_inference_steps is not None:
+                raise ValueError("timesteps and num_inference_steps contradict each other; give one of them.")
+            if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+                raise ValueError(f"timesteps cannot be given to {type(scheduler).__name__}; give num_inference_steps.")
+            for timestep in timesteps:
+                check_number("timesteps", timestep, whole=True)
+            scheduler.set_timesteps(timesteps=list(timesteps), device=device)
+            return scheduler.timesteps
+        steps = scheduler.config.num_train_timesteps
+        count = steps if num_inference_steps is None else num_inference_steps
+        check_number("num_inference_steps", count, whole=True)
+        if not 1 <= count <= steps:
+            raise ValueError(f"num_inference_steps={count} must lie between 1 and num_train_timesteps={steps}.")
+        scheduler.set_timesteps(count, device=device)
+        return scheduler.timesteps
 
     def _initial_noise(
         self,
@@ -192,10 +247,14 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         shape = (batch_size, *self.image_shape)
         if given is None:
             return randn_tensor(shape, generator, self._execution_device, torch.float32)
+        if not isinstance(given, Tensor):
+            raise ValueError(f"sample must be a tensor of noise, {shape}, not a {type(given).__name__}.")
         if given.shape != shape:
             raise ValueError(
                 f"sample has the shape {tuple(given.shape)}; give the noise of {batch_size} images, {shape}."
             )
+        if not given.is_floating_point() or not given.isfinite().all():
+            raise ValueError(f"sample must be finite floating-point noise, it is {given.dtype} or not finite.")
         return given.to(self._execution_device, torch.float32)
 
     def _denoiser(self, labels: Tensor | None = None, scale: float = 1.0) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -208,8 +267,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         unet, dtype = self.unet, self.unet.dtype
         self_condition = unet.config.get("self_condition")
         conditions = {} if labels is None else {"class_labels": labels}
-        # only DDPM's scheduler takes a learned variance; by name, since there is more than one class of that name
-        takes_variance = type(self.scheduler).__name__ == "DDPMScheduler"
+        # DDPM's schedulers alone keep it, ours and those of diffusers: they read a learned variance from the output
+        takes_variance = "variance_type" in vars(self.scheduler)
 
         def denoise(x_t: Tensor, t: Tensor, last_x0: Tensor) -> Tensor:
             channels, inputs = x_t.shape[1], {"sample": x_t if x_t.dtype == dtype else x_t.to(dtype)}
@@ -239,7 +298,14 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             if class_labels is not None or scale != 1.0:
                 raise ValueError("class_labels and guidance_scale need a network with classes; this one has none.")
             return None
-        labels = torch.as_tensor(null if class_labels is None else class_labels, device=self._execution_device)
+        try:
+            labels = torch.as_tensor(null if class_labels is None else class_labels, device=self._execution_device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"class_labels={class_labels!r:.100} must be a class, or a list of one per image."
+            ) from error
+        if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex() or labels.ndim > 1:
+            raise ValueError(f"class_labels={class_labels!r:.100} must be a whole number, or a list of one per image.")
         if labels.ndim > 0 and len(labels) != batch_size:
             raise ValueError(
                 f"class_labels has {len(labels)} entries for batch_size={batch_size}; give one, or one per image."
@@ -258,7 +324,6 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         eta: float,
         use_clipped_model_output: bool | None,
-        guided: bool,
     ) -> dict:
         """The keywords that this scheduler's `step` takes, of those that the caller gave."""
         if not 0 <= eta <= 1:
@@ -271,7 +336,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                     f"{name}={value} has no meaning for {type(self.scheduler).__name__}; use DDIMScheduler."
                 )
         if use_clipped_model_output is None:
-            of_ddim["use_clipped_model_output"] = guided
+            of_ddim["use_clipped_model_output"] = True
         return {name: value for name, value in {"generator": generator, **of_ddim}.items() if name in known}
 
     def _output(self, images: Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
@@ -283,5 +348,10 @@ class PixelDiffusionPipeline(DiffusionPipeline):
     def _to_images(self, images: Tensor, output_type: str):
         if output_type == "pt":
             return images
+        if not images.isfinite().all():
+            raise ValueError(
+                f"the images are not finite: the network, in {self.unet.dtype}, or the scheduler overflows; choose "
+                "torch.float32 or another scheduler."
+            )
         array = images.cpu().permute(0, 2, 3, 1).numpy()
         return array if output_type == "np" else self.numpy_to_pil(array)

@@ -152,7 +152,10 @@ def stock_pipeline_samples(unet: ModelMixin, scheduler: SchedulerMixin) -> bool:
     name, config = type(scheduler).__name__, unet.config
     needs_more = config.get("num_class_embeds") is not None or config.get("self_condition")
     learned_variance = config.out_channels != config.in_channels
-    return name in SAMPLERS and not needs_more and not (learned_variance and name != "DDPMScheduler")
+    # of a clipped x0 ours derives the noise of DDIM anew, and the stock pipeline does not
+    clips = scheduler.config.get("clip_sample") or scheduler.config.get("thresholding")
+    is_simple = name == "DDPMScheduler" or (name == "DDIMScheduler" and not learned_variance and not clips)
+    return is_simple and not needs_more
 
 
 def bundle(*modules: ModuleType) -> str:

@@ -118,13 +118,15 @@ class _DiffusionScheduler(SchedulerMixin, ConfigMixin):
         self._set(np.arange(config.num_train_timesteps))
 
     def _betas(self) -> Tensor:
-        """float64 betas (T,) of the config. A schedule that diffusers lacks is also written out as `trained_betas`, so
-        that any scheduler of diffusers made from this config has the same noise levels."""
+        """float64 betas (T,) of the config. In the config a schedule has the name by which diffusers knows it; one that
+        diffusers lacks is also written out as `trained_betas`. So any scheduler of diffusers made from this config has
+        the same noise levels."""
         config = self.config
         if config.trained_betas is None:
-            betas = make_betas(config.beta_schedule, config.num_train_timesteps, config.beta_start, config.beta_end)
-            if config.beta_schedule not in STOCK_SCHEDULES:
-                self.register_to_config(trained_betas=betas.tolist())
+            name = config.beta_schedule
+            betas = make_betas(name, config.num_train_timesteps, config.beta_start, config.beta_end)
+            same = [stock for stock in STOCK_SCHEDULES if BETA_SCHEDULES[stock] is BETA_SCHEDULES[name]]
+            self.register_to_config(**{"beta_schedule": same[0]} if same else {"trained_betas": betas.tolist()})
         else:
             check_choice("beta_schedule", config.beta_schedule, BETA_SCHEDULES)
             betas = torch.as_tensor(np.asarray(config.trained_betas, dtype=np.float64))

@@ -381,6 +381,27 @@ def test_all_versions_that_drew_images_are_told(config):
     assert json.loads(file.read_text())["versions"] == [older, now]
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"seeds": "0-2"}', '{"seeds": "x", "versions": []}'])
+def test_a_damaged_protocol_is_one_sentence_and_no_image_is_lost(config, text):
+    folder = generate(config(seeds="0-2"))
+    (folder / "generation.json").write_text(text)
+    with refused("generation.json is damaged .*; choose another folder"):
+        generate(config(seeds="0-3"))
+    assert len(read(folder)) == 3
+
+
+@pytest.mark.parametrize("output_format", ["zip", "parquet"])
+def test_a_damaged_shard_is_named(config, output_format):
+    folder = generate(config(output_format=output_format, seeds="0-5", shard_size=3))
+    file = folder / f"000000-000002.{output_format}"
+    file.write_bytes(file.read_bytes()[:100])
+    with refused(f"{file.name} is damaged .*; delete it, and its images are drawn again"):
+        generate(config(output_format=output_format, seeds="0-5", shard_size=3))
+    file.unlink()
+    generate(config(output_format=output_format, seeds="0-5", shard_size=3))
+    assert len(read(folder)) == 6
+
+
 def test_images_of_unknown_origin_are_not_gone_on_with(config):
     folder = generate(config())
     (folder / "generation.json").unlink()
@@ -507,7 +528,7 @@ def test_generation_json_has_all_that_decides_about_the_images(config, models):
     assert entries["unet_sha256"] == {"diffusion_pytorch_model.safetensors": hashlib.sha256(weights).hexdigest()}
     scheduler = entries.pop("scheduler")
     assert scheduler["class"] == "DPMSolverMultistepScheduler" and scheduler["algorithm_type"] == "dpmsolver++"
-    assert scheduler["timestep_spacing"] == "trailing" and len(scheduler["trained_betas"]) == 64
+    assert scheduler["timestep_spacing"] == "trailing" and scheduler["beta_schedule"] == "squaredcos_cap_v2"
     assert entries == entries | {
         "model": models["classes"],
         "steps": 4,
@@ -563,6 +584,12 @@ def test_seeds(text, seeds):
 @pytest.mark.parametrize("text", ["", "a", "-3", "3-", "5-3", "1,,2", "1.5", "0-9-12", "1" * 19])
 def test_other_seeds_are_refused(text):
     with refused("seeds='.*' must be numbers of up to 18 digits and ranges with commas between, as 0-49999"):
+        parse_seeds(text)
+
+
+@pytest.mark.parametrize("text", ["0-9999999999", "0-6000000,0-6000000", "5,0-10000000"])
+def test_more_seeds_than_fit_into_memory_are_refused(text):
+    with refused("are .* images; a folder takes at most 10,000,000"):
         parse_seeds(text)
 
 

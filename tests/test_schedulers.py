@@ -415,8 +415,16 @@ def test_ours_made_from_a_config_of_diffusers_is_the_same_chain(scheduler_class,
 
 
 @both
+def test_cosine_is_saved_under_the_name_by_which_diffusers_knows_it(scheduler_class):
+    config = scheduler_class(beta_schedule="cosine").config
+    assert (config.beta_schedule, config.trained_betas) == ("squaredcos_cap_v2", None)
+    theirs = diffusers.DDPMScheduler.from_config(config)
+    assert_close(theirs.alphas_cumprod, scheduler_class(beta_schedule="cosine").alphas_cumprod, rtol=0, atol=1e-6)
+
+
+@both
 def test_what_was_set_by_hand_survives_the_way_through_diffusers(scheduler_class):
-    values = {"beta_schedule": "cosine", "prediction_type": "sample", "clip_sample_range": 0.5, "steps_offset": 1}
+    values = {"beta_schedule": "sigmoid", "prediction_type": "sample", "clip_sample_range": 0.5, "steps_offset": 1}
     theirs = diffusers.DPMSolverMultistepScheduler.from_config(scheduler_class(**values).config)
     again = scheduler_class.from_config(theirs.config)
     assert {key: again.config[key] for key in values} == values
