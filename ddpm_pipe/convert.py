@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ddpm_pipe import foreign
 from ddpm_pipe.checkpoint import replace_folder
+from ddpm_pipe.config import Config
 from ddpm_pipe.foreign import from_reference
 from ddpm_pipe.noise import check_choice, make_betas, snr
 from ddpm_pipe.portable import DDPMPipeline
@@ -42,7 +43,7 @@ CHOICES: dict[str, Collection[str]] = {
 
 
 @dataclass
-class ConvertConfig:
+class ConvertConfig(Config):
     """What to convert, and what its file does not say."""
 
     source: str = field(metadata={"help": "a checkpoint file, or a folder or Hub id of a pipeline of diffusers"})
@@ -84,6 +85,7 @@ class ConvertConfig:
         Raises:
             ValueError: for one that is unknown or too small, naming it.
         """
+        super().__post_init__()
         for name, accepted in CHOICES.items():
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), accepted)

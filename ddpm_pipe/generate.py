@@ -57,7 +57,6 @@ class GenerateConfig(SampleConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.seeds = str(self.seeds)  # YAML reads one number as a number
         parse_seeds(self.seeds)
         check_choice("output_format", self.output_format, FORMATS)
         if self.shard_size < 1:

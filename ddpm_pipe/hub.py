@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from ddpm_pipe.card import EVALUATION, PICTURE, make_card
-from ddpm_pipe.config import option
+from ddpm_pipe.config import Config, option
 
 PIPELINE_SUFFIXES = (".json", ".safetensors", ".py")
 """Of a pipeline folder, what is pushed; of the rest of a run, only what `stage` names."""
@@ -19,7 +19,7 @@ STALE = ["unet/*", "scheduler/*", "*.py", "*.png", EVALUATION]
 
 
 @dataclass
-class PushConfig:
+class PushConfig(Config):
     """What to share, where, and what its card says of licences."""
 
     run: str = field(metadata={"help": "the run folder"})

@@ -8,19 +8,30 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ddpm_pipe.checkpoint import replace_folder
-from ddpm_pipe.ema import posthoc_coefficients
+from ddpm_pipe.config import Config, option
+from ddpm_pipe.ema import posthoc_coefficients, power_exponent
 from ddpm_pipe.portable import DDPMPipeline
 
 
 @dataclass
-class PosthocConfig:
+class PosthocConfig(Config):
     """Which averages to rebuild from which run."""
 
     run: str = field(metadata={"help": "the run folder"})
-    sigma_rel: str = field(
+    sigma_rel: str | float = field(
         metadata={"help": "widths of the averages relative to the run, with commas between: 0.05,0.10"}
     )
-    step: int | None = field(default=None, metadata={"help": "step at which they end; the last snapshot if not given"})
+    step: int | None = option(None, "step at which they end; the last snapshot if not given")
+
+    def __post_init__(self):
+        """Check the values.
+
+        Raises:
+            ValueError: for one that cannot be, naming it.
+        """
+        super().__post_init__()
+        for width in self.widths():
+            power_exponent(width)
 
     def widths(self) -> list[float]:
         """The widths as numbers.
@@ -29,7 +40,7 @@ class PosthocConfig:
             ValueError: where they are none.
         """
         try:
-            return [float(width) for width in self.sigma_rel.split(",")]
+            return [float(width) for width in str(self.sigma_rel).split(",")]
         except ValueError as error:
             raise ValueError(
                 f"sigma_rel={self.sigma_rel!r} must be numbers with commas between, as 0.05,0.10."

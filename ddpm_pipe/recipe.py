@@ -1,13 +1,14 @@
 """A recipe: every choice of a training run, and the network, noise and learning rate that follow from it."""
 
-import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import get_type_hints
 
 import torch
 from diffusers import ModelMixin
 
-from ddpm_pipe.config import JsonDict, option
+from ddpm_pipe.config import Config, JsonDict, option, typed
 from ddpm_pipe.data import ImageData
 from ddpm_pipe.ema import power_exponent
 from ddpm_pipe.noise import check_choice
@@ -29,9 +30,25 @@ LR_SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 TRACKERS = ("auto", "none", "tensorboard", "wandb")
 
+RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "be at least 1": (
+        "num_train_timesteps steps batch_size gradient_accumulation_steps max_bad_steps ema_snapshot_every save_every "
+        "keep_last num_samples sample_steps log_every",
+        lambda value: value >= 1,
+    ),
+    "be at least 0": (
+        "holdout vlb_weight offset_noise lr_warmup_steps weight_decay max_grad_norm seed keep_every sample_every "
+        "push_every",
+        lambda value: value >= 0,
+    ),
+    "be more than 0": ("loss_gamma loss_k learning_rate adam_eps ema_power", lambda value: value > 0),
+    "lie in [0, 1)": ("class_dropout adam_beta1 adam_beta2 ema_decay", lambda value: 0 <= value < 1),
+}
+"""In words, where numbers of a recipe must lie: their names, and whether a number lies there."""
+
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Config):
     """Every choice of a run. The defaults are a small recipe for small images; examples/presets has others."""
 
     # data
@@ -119,21 +136,21 @@ class TrainConfig:
     overwrite: bool = option(False, "delete what output_dir holds of another run")
 
     def __post_init__(self):
-        self.unet = JsonDict(self.unet)
+        super().__post_init__()
         check_choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
         check_choice("mixed_precision", self.mixed_precision, PRECISIONS)
         check_choice("tracker", self.tracker, TRACKERS)
         check_choice("variance_type", self.variance_type, TRAINED_VARIANCES)
         check_choice("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLERS)
+        if not self.output_dir:
+            raise ValueError("output_dir='' must name a folder.")
         for width in self.ema_sigma_rel:
             power_exponent(width)
-        at_least_1 = ("steps", "batch_size", "gradient_accumulation_steps", "save_every", "keep_last", "log_every")
-        for name in (*at_least_1, "max_bad_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("class_dropout", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1).")
+        for words, (names, lies_in) in RANGES.items():
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not lies_in(value):
+                    raise ValueError(f"{name}={value} must {words}.")
         if self.sample_steps > self.num_train_timesteps:
             raise ValueError(
                 f"sample_steps={self.sample_steps} is more than num_train_timesteps={self.num_train_timesteps}."
@@ -171,17 +188,18 @@ def make_unet(config: TrainConfig, data: ImageData | ImageStream) -> ModelMixin:
         ValueError: for an unknown class or config key, or a size or number of channels that the data do not have.
     """
     options = dict(config.unet)
-    name = options.pop("_class_name", "DDPMUNet2DModel")
+    name = typed("unet._class_name", options.pop("_class_name", "DDPMUNet2DModel"), str)
     check_choice("unet._class_name", name, NETWORKS)
     channels, height, width = data.shape
     expected = {"sample_size": height if height == width else (height, width), "in_channels": channels}
     expected["out_channels"] = channels * (1 + (config.variance_type in LEARNED_VARIANCES))
     if config.class_conditional:  # a stock UNet2DModel has no null class of its own: one embedding more
         expected["num_class_embeds"] = len(data.class_names) + (name == "UNet2DModel")
-    accepted = [key for key in inspect.signature(NETWORKS[name].__init__).parameters if key != "self"]
+    kinds = get_type_hints(NETWORKS[name].__init__)
     for key, value in options.items():
-        check_choice("unet", key, accepted)
-        if key in expected and value != expected[key]:
+        check_choice("unet", key, kinds)
+        options[key] = typed(f"unet.{key}", value, kinds[key])
+        if key in expected and options[key] != expected[key]:
             raise ValueError(f"unet.{key}={value!r}, but the data give {expected[key]!r}.")
     if name == "UNet2DModel":
         _check_stock_size(height, width, len(options.get("block_out_channels", (1,) * 4)))

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 
 from ddpm_pipe.checkpoint import sha256
-from ddpm_pipe.config import JsonDict, option
+from ddpm_pipe.config import Config, JsonDict, option
 from ddpm_pipe.noise import check_choice
 from ddpm_pipe.pipeline import null_class
 from ddpm_pipe.portable import SAMPLERS, DDPMPipeline
@@ -54,7 +54,7 @@ Batch = tuple[list[int], Tensor, list[int] | None]
 
 
 @dataclass
-class SampleConfig:
+class SampleConfig(Config):
     """Which model to sample, and how."""
 
     model: str = field(metadata={"help": "a pipeline folder, or the id of a repository on the Hub"})
@@ -71,8 +71,8 @@ class SampleConfig:
     guidance_scale: float = option(1.0, "classifier-free guidance; 1 is none")
 
     def __post_init__(self):
-        self.scheduler_options = JsonDict(self.scheduler_options)
-        self.class_labels = None if self.class_labels is None else str(self.class_labels).replace(" ", "")
+        super().__post_init__()
+        self.class_labels = None if self.class_labels is None else self.class_labels.replace(" ", "")
         check_choice("dtype", self.dtype, DTYPES)
         if self.scheduler is not None:
             check_choice("scheduler", self.scheduler, SCHEDULERS)

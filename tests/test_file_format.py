@@ -113,7 +113,7 @@ ALLOWED_IMPORTS = {
     "pipeline": {"noise", "prediction"},
     "portable": {"noise", "prediction", "schedulers", "unet", "pipeline"},
     "foreign": {"unet"},
-    "convert": {"foreign", "noise", "checkpoint", "portable", "schedulers"},
+    "convert": {"foreign", "noise", "checkpoint", "config", "portable", "schedulers"},
     "editing": {"data", "noise", "prediction", "pipeline"},
     # what training stands on
     "randomness": set(),
@@ -152,7 +152,7 @@ ALLOWED_IMPORTS = {
         "pipeline",
     }
     | {"prediction", "randomness", "recipe", "sampling", "schedulers"},
-    "posthoc": {"checkpoint", "ema", "portable"},
+    "posthoc": {"checkpoint", "config", "ema", "portable"},
 }
 ALLOWED_IMPORTS["train"] = set(ALLOWED_IMPORTS)
 ALLOWED_IMPORTS["__init__"] = set(ALLOWED_IMPORTS)
