@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +57,12 @@ def replace_text(path: Path, text: str) -> None:
 def replace_folder(folder: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a new folder, then put it in the place of `folder`.
 
-    Killed between the two renames of the exchange, the old one is left whole as `.<name>.old` until the next write.
-
     Raises:
         CheckpointError: where the disk is full or the folder read-only; `folder` is then as it was.
     """
-    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    new, old = _beside(folder)
     try:
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _settle(folder)
         new.mkdir(parents=True)
         write(new)
         for path in new.rglob("*"):
@@ -75,10 +72,26 @@ def replace_folder(folder: Path, write: Callable[[Path], Any]) -> None:
             folder.rename(old)
         new.rename(folder)
         sync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        _settle(folder)
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
-        shutil.rmtree(new, ignore_errors=True)
+        with suppress(OSError):  # then the next write settles it
+            _settle(folder)
         raise CheckpointError(f"{folder} could not be written ({error}); what was saved before is intact.") from error
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    """Where a folder's next and last versions lie during an exchange; the last one is always whole."""
+    return folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+
+
+def _settle(folder: Path) -> None:
+    """End an exchange, also one that a kill cut short: the last version goes back where the next did not get in its
+    place, and otherwise is deleted, under the name of what need not be whole."""
+    new, old = _beside(folder)
+    shutil.rmtree(new, ignore_errors=True)
+    if old.exists():
+        old.rename(new if folder.exists() else folder)
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def save_tensors(folder: Path, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -86,6 +99,32 @@ def save_tensors(folder: Path, weights: Mapping[str, Mapping[str, Tensor]]) -> N
     for name, tensors in weights.items():
         whole = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
         safetensors.torch.save_file(whole, folder / f"{name}.safetensors")
+
+
+def shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """Names and shapes of a state dict: which network it is of."""
+    return {name: tensor.shape for name, tensor in weights.items()}
+
+
+def write_manifest(folder: Path, step: int) -> None:
+    """Write the SHA-256 sums of all files of a folder beside them."""
+    sums = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps({"step": step, "sha256": sums}, indent=2))
+
+
+def check_manifest(folder: Path) -> None:
+    """Compare the files of a folder with its manifest.
+
+    Raises:
+        CheckpointError: where a file or the manifest is missing or damaged.
+    """
+    try:
+        sums = json.loads((folder / MANIFEST).read_text())["sha256"]
+        changed = [name for name, expected in sums.items() if sha256(folder / name) != expected]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder} is not whole ({error!r})") from error
+    if changed:
+        raise CheckpointError(f"{', '.join(changed)} in {folder} is not what its checksum says")
 
 
 class Checkpoints:
@@ -124,8 +163,7 @@ class Checkpoints:
         def write(folder: Path) -> None:
             save_tensors(folder, weights)
             torch.save(dict(state), folder / "state.pt")
-            sums = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-            (folder / MANIFEST).write_text(json.dumps({"step": step, "sha256": sums}, indent=2))
+            write_manifest(folder, step)
 
         replace_folder(self.path(step), write)
         self._delete_old(step)
@@ -159,9 +197,7 @@ class Checkpoints:
         return None
 
     def _read(self, folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        for name, expected in json.loads((folder / MANIFEST).read_text())["sha256"].items():
-            if sha256(folder / name) != expected:
-                raise CheckpointError(f"{name} is not what its checksum says")
+        check_manifest(folder)
         weights = {path.stem: safetensors.torch.load_file(path) for path in folder.glob("*.safetensors")}
         return weights, torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
 

@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ddpm_pipe.checkpoint import replace_folder
+from ddpm_pipe.checkpoint import MANIFEST, CheckpointError, check_manifest, replace_folder, shapes
 from ddpm_pipe.config import Config, option
 from ddpm_pipe.ema import posthoc_coefficients, power_exponent
 from ddpm_pipe.portable import DDPMPipeline
@@ -65,7 +66,8 @@ def reconstruct(run: Path, sigma_rel: float, step: int | None = None) -> tuple[d
     """The averaged weights of width `sigma_rel` at `step`, and the relative error of their profile.
 
     Raises:
-        ValueError: where the run has no snapshots up to `step`.
+        ValueError: where the run has no snapshots up to `step`, or those of several networks.
+        CheckpointError: where a snapshot is damaged or holds numbers that are not finite.
     """
     found = find_snapshots(run)
     step = found[-1][0] if step is None else step
@@ -74,27 +76,55 @@ def reconstruct(run: Path, sigma_rel: float, step: int | None = None) -> tuple[d
         steps = ", ".join(str(s) for s in sorted({s for s, _, _ in found}))
         raise ValueError(f"step={step} has no snapshot; there are snapshots at {steps}.")
     coefficients, error = posthoc_coefficients([(s, width) for s, width, _ in used], step, sigma_rel)
+    for folder in sorted({path.parent for _, _, path in used}):
+        if (folder / MANIFEST).exists():  # earlier versions wrote none
+            check_manifest(folder)
     mixed: dict[str, Tensor] = {}
     for coefficient, (_, _, path) in zip(coefficients, used, strict=True):
-        for name, tensor in load_file(path).items():
+        weights = read_snapshot(path)
+        if mixed and shapes(mixed) != shapes(weights):
+            raise ValueError(f"the snapshot {path} is of another network than those before it.")
+        for name, tensor in weights.items():
             term = tensor.double() * coefficient if tensor.is_floating_point() else tensor
             mixed[name] = mixed[name] + term if name in mixed and tensor.is_floating_point() else term
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in mixed.items()}, error
 
 
+def read_snapshot(path: Path) -> dict[str, Tensor]:
+    """The weights of one snapshot.
+
+    Raises:
+        CheckpointError: where it is damaged or holds numbers that are not finite.
+    """
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"the snapshot {path} cannot be read ({error}).") from error
+    if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
+        raise CheckpointError(f"the snapshot {path} holds numbers that are not finite.")
+    return weights
+
+
 def write_posthoc_pipelines(config: PosthocConfig) -> list[Path]:
-    """Write `<run>/ema-<sigma_rel>/` for each width and print the error of its profile."""
+    """Write `<run>/ema-<sigma_rel>/` for each width and print the error of its profile.
+
+    Raises:
+        ValueError: where the run has no pipeline, or one of another network than the snapshots.
+        CheckpointError: where a snapshot cannot be read or a pipeline not be written.
+    """
     run, written = Path(config.run), []
     for width in config.widths():
         weights, error = reconstruct(run, width, config.step)
         if not (run / "pipeline").is_dir():
             raise ValueError(f"run={config.run!r} has no pipeline whose network the averages could fill.")
         pipeline = DDPMPipeline.from_pretrained(run / "pipeline")
-        pipeline.unet.load_state_dict(weights)
-        if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
-            raise ValueError(f"the snapshots of {run} hold numbers that are not finite.")
+        if shapes(weights) != shapes(pipeline.unet.state_dict()):
+            raise ValueError(f"the snapshots in {run / 'ema'} are of another network than {run / 'pipeline'}.")
+        settings = {key: value for key, value in pipeline.unet.config.items() if key[0] != "_"}  # not where it lay
+        unet = type(pipeline.unet).from_config(settings)
+        unet.load_state_dict(weights)
         folder = run / f"ema-{width:g}"
-        replace_folder(folder, pipeline.save_pretrained)
+        replace_folder(folder, DDPMPipeline(unet, pipeline.scheduler).save_pretrained)
         print(f"{folder}: sigma_rel {width:g}, error of its profile {error:.2%}")
         written.append(folder)
     return written

@@ -9,7 +9,14 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from torch import Tensor
 
-from ddpm_pipe.checkpoint import CheckpointError, Checkpoints, replace_folder, save_tensors
+from ddpm_pipe.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    replace_folder,
+    save_tensors,
+    shapes,
+    write_manifest,
+)
 from ddpm_pipe.ema import EMA, power_decay, warmup_decay
 from ddpm_pipe.pipeline import null_class
 from ddpm_pipe.recipe import TrainConfig, lr_at
@@ -123,7 +130,12 @@ class TrainState:
             CheckpointError: where they cannot be written.
         """
         profiles = {name: profile.module.state_dict() for name, profile in self.profiles.items()}
-        replace_folder(run / "ema" / f"step-{step:08d}", lambda folder: save_tensors(folder, profiles))
+
+        def write(folder: Path) -> None:
+            save_tensors(folder, profiles)
+            write_manifest(folder, step)
+
+        replace_folder(run / "ema" / f"step-{step:08d}", write)
 
     def restore(self, run: Path) -> int:
         """Load the newest checkpoint and return its number of optimizer steps; 0 where there is none.
@@ -138,8 +150,7 @@ class TrainState:
         modules = {f"ema-{name}": profile.module for name, profile in self.profiles.items()}
         modules |= {"unet": self.accelerator.unwrap_model(self.unet), "ema": self.average.module}
         for name, module in modules.items():
-            expected = {key: tensor.shape for key, tensor in module.state_dict().items()}
-            if {key: tensor.shape for key, tensor in weights.get(name, {}).items()} != expected:
+            if shapes(weights.get(name, {})) != shapes(module.state_dict()):
                 raise ValueError(
                     f"the checkpoint of {run} does not fit this config: its weights {name!r} are not those that unet, "
                     "class_conditional, channels, variance_type and ema_sigma_rel ask for."

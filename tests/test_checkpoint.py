@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,6 +101,84 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
     assert [path.name for path in target.iterdir()] == ["a"]
     replace_folder(target, lambda folder: (folder / "c").write_text("2"))
     assert [path.name for path in target.iterdir()] == ["c"]
+
+
+def write_value(value: str):
+    return lambda folder: (folder / "value").write_text(value)
+
+
+def fail_after_a_file(folder):
+    (folder / "value").write_text("half")
+    raise OSError("broken")
+
+
+@pytest.fixture
+def cut_short(tmp_path, monkeypatch):
+    """A folder whose exchange was killed between its two renames: the last version and the next lie beside it."""
+    target, rename = tmp_path / "pipeline", Path.rename
+
+    def killed(path, to):
+        if path.suffix == ".new":
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    replace_folder(target, write_value("1"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", killed)
+        replace_folder(target, write_value("2"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".pipeline.new", ".pipeline.old"]
+    return target
+
+
+def assert_holds(target: Path, value: str) -> None:
+    assert (target / "value").read_text() == value
+    assert list(target.parent.iterdir()) == [target], "nothing is left beside it"
+
+
+def test_an_exchange_that_was_cut_short_loses_nothing_when_the_next_write_fails(cut_short):
+    with pytest.raises(CheckpointError, match="broken"):
+        replace_folder(cut_short, fail_after_a_file)
+    assert_holds(cut_short, "1")
+
+
+def test_an_exchange_that_was_cut_short_is_ended_by_the_next_write(cut_short):
+    replace_folder(cut_short, write_value("3"))
+    assert_holds(cut_short, "3")
+
+
+def test_a_failing_exchange_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+    target, rename = tmp_path / "pipeline", Path.rename
+
+    def fail(path, to):
+        if path.suffix == ".new":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, to)
+
+    replace_folder(target, write_value("1"))
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(CheckpointError, match=r"pipeline could not be written .*Input/output error.*intact"):
+        replace_folder(target, write_value("2"))
+    assert_holds(target, "1")
+
+
+def test_a_version_that_was_half_deleted_is_never_put_back(tmp_path, monkeypatch):
+    """Killed while it deletes the last version, and then the next one is moved away by hand."""
+    target = tmp_path / "pipeline"
+    replace_folder(target, write_value("1"))
+
+    def killed(path, **_):
+        for file in path.glob("*"):
+            file.unlink()
+        if path.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("shutil.rmtree", killed)
+        replace_folder(target, write_value("2"))
+    target.rename(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match="broken"):
+        replace_folder(target, fail_after_a_file)
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
 
 
 def test_what_a_killed_writer_left_is_ignored_and_cleaned(tmp_path):

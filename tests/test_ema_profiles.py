@@ -353,5 +353,67 @@ def test_weights_that_are_not_finite_are_refused_and_what_was_written_stays(pair
     before = load_file(written / "unet" / "diffusion_pytorch_model.safetensors")
     bad = run / "ema" / "step-00000040" / "0.05.safetensors"
     save_file({name: torch.full_like(tensor, float("nan")) for name, tensor in load_file(bad).items()}, bad)
-    assert "not finite" in refusal(run, sigma_rel="0.1")
+    (bad.parent / "manifest.json").unlink()
+    assert refusal(run, sigma_rel="0.1,0.12") == f"the snapshot {bad} holds numbers that are not finite."
     assert distance(before, load_file(written / "unet" / "diffusion_pytorch_model.safetensors")) == 0
+    assert not (run / "ema-0.12").exists()
+
+
+@a_real_run
+@pytest.mark.parametrize("damage", ["a flipped bit", "cut short", "missing", "a damaged manifest"])
+def test_a_damaged_snapshot_is_one_sentence_and_nothing_is_written(pair, tmp_path, damage):
+    run = shutil.copytree(pair.tracked, tmp_path / "run")
+    folder = run / "ema" / "step-00000020"
+    content = (folder / "0.05.safetensors").read_bytes()
+    if damage == "a flipped bit":
+        (folder / "0.05.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "cut short":
+        (folder / "0.05.safetensors").write_bytes(content[:-4])
+    elif damage == "missing":
+        (folder / "0.05.safetensors").unlink()
+    else:
+        (folder / "manifest.json").write_text("[]")
+    message = refusal(run, sigma_rel="0.1")
+    assert str(folder) in message and "\n" not in message
+    assert not (run / "ema-0.1").exists()
+
+
+@a_real_run
+def test_snapshots_of_earlier_versions_have_no_checksums(pair, tmp_path):
+    run = shutil.copytree(pair.tracked, tmp_path / "run")
+    for manifest in run.glob("ema/*/manifest.json"):
+        manifest.unlink()
+    assert distance(reconstruct(run, 0.15)[0], reconstruct(pair.tracked, 0.15)[0]) == 0
+
+
+@a_real_run
+def test_a_snapshot_without_checksums_that_cannot_be_read_is_one_sentence(pair, tmp_path):
+    run = shutil.copytree(pair.tracked, tmp_path / "run")
+    bad = run / "ema" / "step-00000020" / "0.05.safetensors"
+    bad.write_bytes(b"short")
+    (bad.parent / "manifest.json").unlink()
+    assert refusal(run, sigma_rel="0.1").startswith(f"the snapshot {bad} cannot be read (")
+
+
+@a_real_run
+def test_snapshots_of_another_network_are_one_sentence(pair, tmp_path):
+    run = shutil.copytree(pair.tracked, tmp_path / "run")
+    for path in run.glob("ema/*/*.safetensors"):
+        save_file({"weight": torch.ones(1)}, path)
+        (path.parent / "manifest.json").unlink(missing_ok=True)
+    expected = f"the snapshots in {run / 'ema'} are of another network than {run / 'pipeline'}."
+    assert refusal(run, sigma_rel="0.1") == expected
+    odd = run / "ema" / "step-00000020" / "0.05.safetensors"
+    save_file({"weight": torch.ones(2)}, odd)
+    assert refusal(run, sigma_rel="0.1") == f"the snapshot {odd} is of another network than those before it."
+
+
+@a_real_run
+def test_pipelines_hold_no_path_of_the_machine(pair, tmp_path):
+    run = shutil.copytree(pair.tracked, tmp_path / "run")
+    (written,) = write_posthoc_pipelines(PosthocConfig(str(run), "0.07"))
+    for folder in (written, run / "pipeline"):
+        texts = {path.name: path.read_text() for path in folder.rglob("*.json")}
+        assert {"model_index.json", "config.json", "scheduler_config.json"} <= texts.keys()
+        for name, text in texts.items():
+            assert "_name_or_path" not in text and str(tmp_path) not in text and str(pair.tracked) not in text, name

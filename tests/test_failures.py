@@ -124,6 +124,21 @@ def test_a_file_that_cannot_grow_is_one_sentence_and_the_run_can_go_on(lives, be
     assert_goes_on_to_the_same_end(lives, config, whole)
 
 
+@pytest.mark.slow
+def test_a_kill_between_two_renames_and_then_a_full_disk_leave_the_last_pipeline(lives, begun, whole, tmp_path):
+    config = copy_of(begun, tmp_path)
+    pipeline = Path(config.output_dir) / "pipeline"
+    before = load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
+    life = lives.start(write_config(config), "--resume", die_in="rename .pipeline.new")
+    assert life.wait() == -signal.SIGKILL, life.errors
+    assert not pipeline.exists()
+    argv = [write_config(config), "--resume", "--ema_snapshot_every", "1000"]  # the pipeline is the first to be saved
+    assert "/pipeline could not be written" in sentence(lives.start(*argv, limit=20_000))
+    assert_same(before, load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors"))
+    assert not list(Path(config.output_dir).glob("**/.*")), "nothing is left beside it"
+    assert_goes_on_to_the_same_end(lives, config, whole)
+
+
 @pytest.fixture
 def lockable(tmp_path):
     """A folder, and how to make it read-only, for root too."""
