@@ -207,11 +207,21 @@ def save_config(config: Any, path: Path) -> None:
 
 
 def use_all_cores() -> None:
-    """Undo that `accelerate launch`, where --cpu does not tell it of the CPU, leaves a process one thread."""
+    """Undo that `accelerate launch` leaves a process one thread where nobody told it to, with --cpu or a number."""
     left_one = os.environ.get("ACCELERATE_USE_CPU") == "False" and os.environ.get("OMP_NUM_THREADS") == "1"
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    if left_one and alone and not torch.accelerator.is_available():
+    if left_one and alone and not torch.accelerator.is_available() and not _launcher_was_told_threads():
         torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
+
+
+def _launcher_was_told_threads() -> bool:
+    """Whether the user gave the launcher a number of threads: it hands its own on under the same name."""
+    try:
+        launcher = psutil.Process(os.getppid())
+        flags = " ".join(launcher.cmdline()).replace("-", "_")
+        return "OMP_NUM_THREADS" in launcher.environ() or "num_cpu_threads_per_process" in flags
+    except psutil.Error:  # it ended, or may not be looked at
+        return False
 
 
 def main(function: Callable[[T], Any], config_class: type[T], **defaults: Any) -> None:

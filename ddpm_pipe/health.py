@@ -8,8 +8,9 @@ from diffusers import ModelMixin
 from diffusers.utils import make_image_grid
 from PIL import Image
 
+from ddpm_pipe.checkpoint import whole_file
 from ddpm_pipe.data import ImageData, to_unit_range
-from ddpm_pipe.log import Log, mean_by_timestep, named_means
+from ddpm_pipe.log import Log, grid_files, mean_by_timestep, named_means, read_metrics
 from ddpm_pipe.objective import Objective
 from ddpm_pipe.pipeline import null_class
 from ddpm_pipe.portable import DDPMPipeline
@@ -27,17 +28,37 @@ def show_health(
     log: Log,
     step: int,
 ) -> None:
-    """Write grids of the averaged and the raw network, and log the loss of the average on the images held out."""
+    """Log the loss of the average on the images held out, and draw grids of the averaged and the raw network.
+
+    What is there already is left as it is. Where memory or the disk do not suffice, that is told and the run goes on.
+    """
+    average, device = state.average.module, state.accelerator.device
+    measured = any(entry["step"] == step and "held_out_loss" in entry for entry in read_metrics(log.run))
+    try:
+        if len(held_out) and not measured:
+            log.record(step, held_out_loss(config, average, objective, held_out, device))
+        files = grid_files(log.run, step)
+        if not all(file.exists() for file in files.values()):
+            grids = draw_grids(config, state, objective)
+            for name, file in files.items():
+                file.parent.mkdir(exist_ok=True)
+                with whole_file(file) as new:
+                    grids[name].save(new, "png")
+            log.show(step, grids)
+    except (RuntimeError, MemoryError, OSError) as error:  # torch's for no memory is a RuntimeError
+        reason = str(error).partition("\n")[0]
+        print(f"the samples of step {step} could not be drawn ({reason}); the run goes on without them.")
+
+
+def draw_grids(config: TrainConfig, state: TrainState, objective: Objective) -> dict[str, Image.Image]:
+    """Grids of the averaged and of the raw network."""
+    average = sample_grid(config, DDPMPipeline(state.average.module, objective.scheduler))
     unet = state.accelerator.unwrap_model(state.unet)
-    grids = {"average": sample_grid(config, DDPMPipeline(state.average.module, objective.scheduler))}
     unet.eval()
-    grids["raw"] = sample_grid(config, DDPMPipeline(unet, objective.scheduler))
-    unet.train()
-    grids["average"].save(log.run / "samples" / f"step-{step:08d}.png")
-    grids["raw"].save(log.run / "samples" / f"step-{step:08d}-raw.png")
-    log.show(step, grids)
-    if len(held_out):
-        log.record(step, held_out_loss(config, state.average.module, objective, held_out, state.accelerator.device))
+    try:
+        return {"average": average, "raw": sample_grid(config, DDPMPipeline(unet, objective.scheduler))}
+    finally:
+        unet.train()
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Stopping a run between two steps when it is asked to."""
 
+import os
 import signal
 import threading
 
@@ -14,11 +15,24 @@ class Interrupted(SystemExit):
         super().__init__(75)
 
 
+LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
+"""What `accelerate launch` and `torchrun` set for the processes that they start."""
+
+
 class Interruption:
-    """Notes SIGTERM and SIGINT, so that the run can stop after a whole step; a second signal ends it at once."""
+    """Notes SIGTERM and SIGINT, so that the run can stop after a whole step; a second signal ends it at once.
+
+    A process of a launcher is also asked to stop when the launcher ends: `accelerate launch` hands no signal on.
+    """
 
     def __init__(self):
-        self.requested = False
+        self.signalled = False
+        self.launcher = os.getppid() if any(name in os.environ for name in LAUNCHED) else None
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self.signalled or (self.launcher is not None and os.getppid() != self.launcher)
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
@@ -28,7 +42,7 @@ class Interruption:
         return self
 
     def _note(self, number: int, frame: object) -> None:
-        self.requested = True
+        self.signalled = True
         self._restore()
 
     def _restore(self) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return entries
 
 
+def grid_files(run: Path, step: int) -> dict[str, Path]:
+    """Where the grids of a step are kept."""
+    return {name: run / "samples" / f"step-{step:08d}{end}.png" for name, end in (("average", ""), ("raw", "-raw"))}
+
+
 class Log:
     """Entries every `log_every` optimizer steps. Losses stay on the device in between."""
 
@@ -59,13 +65,17 @@ class Log:
         accelerator.init_trackers("logs")
 
     def rewind(self, step: int) -> None:
-        """Go on after `step`: forget what was logged later by a run that did not get to its next checkpoint."""
+        """Go on after `step`: forget what was logged and drawn later, on the way to a checkpoint that is not there."""
         self.losses: list[tuple[Tensor, Tensor]] = []
         self.since = (time.perf_counter(), step)
         self.bar.n = step
         if self.accelerator.is_main_process:
             kept = [json.dumps(entry) + "\n" for entry in read_metrics(self.run) if entry["step"] <= step]
             replace_text(self.run / METRICS, "".join(kept))
+            for file in (self.run / "samples").glob("step-*.png"):
+                shown = re.match(r"step-(\d+)", file.name)
+                if shown and int(shown[1]) > step:
+                    file.unlink()
 
     def write(self, step: int, seen: list[tuple[Tensor, Tensor]], **values: float) -> None:
         """Advance the bar; where it is time, log the mean losses of all processes, the speed and `values`.

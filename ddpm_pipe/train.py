@@ -8,17 +8,20 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator
-from accelerate.utils import is_tensorboard_available
+from accelerate.utils import GradientAccumulationPlugin, is_tensorboard_available, parse_flag_from_env
+from filelock import FileLock, Timeout
 
+from ddpm_pipe.card import EVALUATION
 from ddpm_pipe.checkpoint import replace_folder, replace_text
-from ddpm_pipe.config import save_config
+from ddpm_pipe.config import read_config_file, save_config
 from ddpm_pipe.data import ImageData, load_images
 from ddpm_pipe.draws import micro_batches
 from ddpm_pipe.health import show_health
@@ -35,6 +38,21 @@ from ddpm_pipe.stream import ImageStream, stream_images
 
 __all__ = ["Interrupted", "TrainConfig", "lr_at", "train"]
 
+RUN_PARTS: tuple[str, ...] = ("checkpoints", "ema", "ema-[0-9]*", "pipeline", "samples", "logs", METRICS)
+RUN_PARTS += ("report.png", EVALUATION, "neighbours.png", "sweep.png", PLAN, CONFIG)
+"""What a run and the evaluation of its model write into the run folder, the config last."""
+
+LOCK = "run.lock"
+"""The file that a process holds locked in the folder of the run that it trains; the system frees a killed one's."""
+
+UNSUPPORTED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+"""What `accelerate launch` sets for a process -> what it then expects of it."""
+
 
 def train(config: TrainConfig) -> Path:
     """Train a network and leave a pipeline in `<output_dir>/pipeline`.
@@ -45,13 +63,15 @@ def train(config: TrainConfig) -> Path:
     Raises:
         ValueError: for a config or data that cannot work, in one sentence.
         CheckpointError: where a checkpoint cannot be written; earlier ones are intact.
-        Interrupted: after SIGTERM or SIGINT, when the checkpoint is written.
+        Interrupted: after SIGTERM, SIGINT or the end of the launcher, when the checkpoint is written.
     """
+    interruption = Interruption()
+    config = follow_launcher(config)
     accelerator = make_accelerator(config)
-    run = open_run(config, accelerator)
-    run_steps(config, accelerator, run)
-    if accelerator.is_main_process:
-        write_report(run)
+    with open_run(config, accelerator) as run:
+        run_steps(config, accelerator, run, interruption)
+        if accelerator.is_main_process:
+            write_report(run)
     # The network is gone by now and its wrapper goes here: freed after the process group it talks through, it would
     # wait, holding the interpreter's lock, for a thread that may be waiting for that lock.
     accelerator.free_memory()
@@ -59,7 +79,7 @@ def train(config: TrainConfig) -> Path:
     return run / "pipeline"
 
 
-def run_steps(config: TrainConfig, accelerator: Accelerator, run: Path) -> None:
+def run_steps(config: TrainConfig, accelerator: Accelerator, run: Path, interruption: Interruption) -> None:
     """All optimizer steps of a run, from the newest checkpoint on where it is resumed."""
     data, held_out = load_training_images(config, accelerator)
     scheduler = make_scheduler(config)
@@ -73,7 +93,13 @@ def run_steps(config: TrainConfig, accelerator: Accelerator, run: Path) -> None:
     log = Log(config, accelerator, run, step)
     pusher = Pusher(PushConfig(str(run), config.push_to or "", config.push_public))
 
-    with Interruption() as interruption:
+    def show() -> None:
+        if accelerator.is_main_process and config.is_due(step, config.sample_every):
+            show_health(config, state, objective, held_out, log, step)
+
+    with interruption:
+        if step:
+            show()  # what a kill between a checkpoint and its grids left out
         while step < config.steps:  # Algorithm 1
             seen = []
             for part, draws in micro_batches(config, accelerator, state.timesteps.probabilities(), step, data.shape):
@@ -93,9 +119,8 @@ def run_steps(config: TrainConfig, accelerator: Accelerator, run: Path) -> None:
             log.write(step, seen, learning_rate=lr_at(step - 1, config), **state.metrics())
             interrupted = interruption.agreed(step, config.log_every, accelerator)
             if accelerator.is_main_process:
-                if config.is_due(step, config.sample_every):
-                    show_health(config, state, objective, held_out, log, step)
                 keep(config, state, scheduler, run, step, interrupted)
+                show()
                 if config.is_due(step, config.push_every):
                     pusher.push()
             if interrupted and step < config.steps:
@@ -126,6 +151,33 @@ def keep(
 # ---------------------------------------------------------------- before the first step
 
 
+def follow_launcher(config: TrainConfig) -> TrainConfig:
+    """The config with what `accelerate launch` was told of precision; its `no` is the same as not being told.
+
+    Raises:
+        ValueError: where the launcher was told what is not supported, or what contradicts the config.
+    """
+    for variable, name in UNSUPPORTED.items():
+        if parse_flag_from_env(variable):
+            raise ValueError(
+                f"accelerate launch was told to use {name}, which is not supported; processes share a batch by DDP."
+            )
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend != "no":
+        raise ValueError(
+            f"accelerate launch was told dynamo_backend={backend}, which is not supported; set compile in the config."
+        )
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision == "no":
+        return config
+    if config.mixed_precision not in ("auto", precision):
+        raise ValueError(
+            f"mixed_precision={config.mixed_precision!r} contradicts mixed_precision={precision!r}, which accelerate "
+            "launch was told; give it once."
+        )
+    return replace(config, mixed_precision=precision)
+
+
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """Accelerate for this machine, with the precision and tracker that the config or the machine choose."""
     tracker = config.tracker
@@ -139,7 +191,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # said outright, so that several processes on CPUs find each other
         mixed_precision=precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
         log_with=None if tracker == "none" else tracker,
         project_dir=config.output_dir,
     )
@@ -152,36 +204,79 @@ def _computes_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def open_run(config: TrainConfig, accelerator: Accelerator) -> Path:
-    """Make the run folder, on the main process.
+@contextmanager
+def open_run(config: TrainConfig, accelerator: Accelerator) -> Iterator[Path]:
+    """Make the run folder and keep other processes from training in it, on the main process.
 
     Raises:
-        ValueError: where it cannot be written, or holds a run and neither `resume` nor `overwrite` is set.
+        ValueError: where it cannot be written, another process trains in it, it holds a run and neither `resume` nor
+            `overwrite` is set, or `overwrite` is set and it holds none.
     """
     run = Path(config.output_dir)
+    lock = FileLock(run / LOCK, timeout=0)
     if accelerator.is_main_process:
-        if (run / CONFIG).exists() and not (config.resume or config.overwrite):
-            raise ValueError(
-                f"output_dir={config.output_dir!r} holds a run; pass --resume, --overwrite or another folder."
-            )
+        check_folder(config, run)
         try:
-            if config.overwrite:
-                (run / METRICS).unlink(missing_ok=True)
-                parts = [run / name for name in ("checkpoints", "ema", "samples", "pipeline", "logs")]
-                for part in (*parts, *run.glob("ema-*")):
-                    shutil.rmtree(part, ignore_errors=True)
-            (run / "samples").mkdir(parents=True, exist_ok=True)
+            run.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout as error:
+            raise ValueError(f"output_dir={config.output_dir!r} is being trained in by another process.") from error
         except OSError as error:
             raise ValueError(f"output_dir={config.output_dir!r} cannot be written: {error.strerror}.") from error
-        if config.resume:
+    try:
+        if config.resume and accelerator.is_main_process:
             print_changes(run / CONFIG, config)
-    accelerator.wait_for_everyone()
-    return run
+        accelerator.wait_for_everyone()
+        yield run
+    finally:
+        lock.release()
+
+
+def check_folder(config: TrainConfig, run: Path) -> None:
+    """Refuse a run folder whose contents the config would mix with or delete."""
+    if (run / CONFIG).exists() and not (config.resume or config.overwrite):
+        raise ValueError(f"output_dir={config.output_dir!r} holds a run; pass --resume, --overwrite or another folder.")
+    found = [path.name for path in written_parts(run)]
+    if config.overwrite and found and not is_run(run):
+        raise ValueError(
+            f"output_dir={config.output_dir!r} holds {', '.join(found)} but not the {CONFIG} of a run, so --overwrite "
+            "deletes nothing there; choose another folder."
+        )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds the config of a run, not that of something else."""
+    try:
+        return {"data", "output_dir"} <= read_config_file(folder / CONFIG).keys()
+    except ValueError:
+        return False
+
+
+def written_parts(run: Path) -> list[Path]:
+    """What runs wrote into a folder, and what a kill left half-written beside it; the config is the last."""
+    names = [form.format(name) for name in RUN_PARTS for form in ("{}", ".{}.new", ".{}.old")]
+    return [path for name in names for path in sorted(run.glob(name))]
+
+
+def clear(run: Path) -> None:
+    """Delete what runs wrote into a folder, and nothing else.
+
+    Raises:
+        ValueError: where something cannot be deleted.
+    """
+    try:
+        for path in written_parts(run):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    except OSError as error:
+        raise ValueError(f"output_dir={str(run)!r} cannot be cleared: {error}.") from error
 
 
 def print_changes(saved: Path, config: TrainConfig) -> None:
     """Say which choices differ from those the run was started with; it then is another run from here on."""
-    before = yaml.safe_load(saved.read_text()) if saved.exists() else {}
+    before = read_config_file(saved) if saved.exists() else {}
     for name, value in before.items():
         now = getattr(config, name, value)
         if now != value and name not in ("resume", "overwrite"):
@@ -189,10 +284,12 @@ def print_changes(saved: Path, config: TrainConfig) -> None:
 
 
 def announce(config: TrainConfig, data: ImageData | ImageStream, state: TrainState, run: Path) -> None:
-    """Print the plan, and write it and the config into the run folder."""
+    """Print the plan, and write it and the config into the run folder, now that nothing more speaks against them."""
     accelerator = state.accelerator
     accelerator.print(f"{data.describe()}\n{state.describe()}")
     if accelerator.is_main_process:
+        if config.overwrite:
+            clear(run)
         save_config(replace(config, resume=False, overwrite=False), run / CONFIG)
         network, batches = state.describe().splitlines()
         plan = {

@@ -131,7 +131,8 @@ ALLOWED_IMPORTS = {
     "state": {"checkpoint", "ema", "timesteps", "pipeline", "recipe"},
     "log": {"checkpoint", "recipe"},
     "report": {"log"},
-    "health": {"data", "log", "objective", "pipeline", "portable", "randomness", "recipe", "schedulers", "state"},
+    "health": {"checkpoint", "data", "log", "objective", "pipeline", "portable", "randomness", "recipe"}
+    | {"schedulers", "state"},
     "card": {"config", "log", "recipe"},
     "hub": {"card", "config"},
     # what is done with a trained model

@@ -1,15 +1,19 @@
 """A run that is asked to stop saves, says so, and can go on as if it had never stopped."""
 
 import operator
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from lives import Life
-from runs import NETWORK, assert_same, final_state, loss_curve, make_recipe, write_config
+from runs import NETWORK, REPO, assert_same, final_state, loss_curve, make_recipe, write_config
 
 from ddpm_pipe.checkpoint import Checkpoints
 from ddpm_pipe.interruption import Interrupted, Interruption
@@ -111,6 +115,78 @@ def test_what_the_tracker_was_given_before_the_stop_is_on_disk(lives, few_images
     events = EventAccumulator(str(tmp_path / "run" / "logs")).Reload()
     (step,) = Checkpoints(tmp_path / "run").steps()
     assert [event.step for event in events.Scalars("loss")] == list(range(1, step + 1))
+
+
+# ---------------------------------------------------------------- under a launcher
+
+ACCELERATE = ["accelerate.commands.launch"]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
+
+
+def trainers(launcher: subprocess.Popen) -> list[psutil.Process]:
+    """The processes under a launcher that train."""
+    below = psutil.Process(launcher.pid).children(recursive=True)
+    return [process for process in below if "examples/train.py" in process.cmdline()]
+
+
+def ended(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "whom", "number", "code"),
+    [
+        (ACCELERATE, "the launcher", signal.SIGTERM, -signal.SIGTERM),
+        (ACCELERATE, "the launcher", signal.SIGKILL, -signal.SIGKILL),
+        (ACCELERATE, "the trainer", signal.SIGTERM, 1),
+        (TORCHRUN, "the launcher", signal.SIGTERM, 1),
+        (TORCHRUN, "the launcher", signal.SIGKILL, -signal.SIGKILL),
+        (TORCHRUN, "the trainer", signal.SIGTERM, 1),
+    ],
+)
+def test_a_run_whose_launcher_or_trainer_is_asked_to_stop_saves_and_ends(
+    lives, few_images, whole, tmp_path, command, whom, number, code
+):
+    config = make_recipe(tmp_path / "run", data=few_images, **CHANCY)
+    argv = [sys.executable, "-m", *command, "examples/train.py", write_config(config)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (tmp_path / "output").open("w") as output:
+        launcher = subprocess.Popen(argv, cwd=REPO, env=environment, stdout=output, stderr=output)
+        while not any(entry["step"] >= 3 for entry in read_metrics(Path(config.output_dir))):
+            assert launcher.poll() is None, (tmp_path / "output").read_text()
+            time.sleep(0.001)
+        (trainer,) = trainers(launcher)
+        (launcher if whom == "the launcher" else trainer).send_signal(number)
+        assert launcher.wait(timeout=60) == code
+    end = time.monotonic() + 60
+    while not ended(trainer):
+        assert time.monotonic() < end, "nobody is left to end it"
+        time.sleep(0.01)
+    (step,) = Checkpoints(tmp_path / "run").steps()
+    assert 3 <= step < config.steps
+    assert f"stopped at step {step}; go on with --resume." in (tmp_path / "output").read_text()
+    lives.complete(write_config(config), "--resume")
+    assert_same(final_state(whole), final_state(config))
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_their_launcher(few_images, tmp_path):
+    config = make_recipe(tmp_path / "run", data=few_images, **CHANCY | {"steps": 400, "log_every": 3})
+    argv = [sys.executable, "-m", *TORCHRUN[:-1], "2", "examples/train.py", write_config(config)]
+    launcher = subprocess.Popen(argv, cwd=REPO, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while not read_metrics(Path(config.output_dir)):
+        assert launcher.poll() is None
+        time.sleep(0.001)
+    processes = trainers(launcher)
+    launcher.kill()
+    launcher.wait()
+    end = time.monotonic() + 60
+    while not all(ended(process) for process in processes):
+        assert time.monotonic() < end, "nobody is left to end them"
+        time.sleep(0.01)
+    (step,) = Checkpoints(tmp_path / "run").steps()
+    assert len(processes) == 2 and step % 3 == 0
 
 
 # ---------------------------------------------------------------- in this process

@@ -27,6 +27,7 @@ CHANCY = {
     "save_every": 2,
     "log_every": 1,
     "num_samples": 2,
+    "holdout": 4,
 }
 """All that chance decides, and much to save."""
 
@@ -42,9 +43,15 @@ def assert_same_run(whole: TrainConfig, config: TrainConfig) -> None:
     """Weights, averages, optimizer moments, the profiles' snapshots, the pipeline, the grid and every logged loss."""
     assert_same(final_state(whole), final_state(config))
     assert loss_curve(whole) == loss_curve(config)
+    assert held_out_losses(whole) == held_out_losses(config)
     assert files(whole, "checkpoints").keys() == files(config, "checkpoints").keys()
     for part in ("ema", "pipeline", "samples"):
         assert files(whole, part) == files(config, part), part
+
+
+def held_out_losses(config: TrainConfig) -> list[dict]:
+    """The entries of the loss on images held out."""
+    return [entry for entry in read_metrics(Path(config.output_dir)) if "held_out_loss" in entry]
 
 
 def files(config: TrainConfig, part: str) -> dict[str, str]:
@@ -131,6 +138,8 @@ MOMENTS = {
     "the last checkpoint": "rename checkpoints/.step-00000004.new",
     "the last pipeline": "save_file .pipeline.new",
     "the exchange of the pipelines": "rename .pipeline.new",
+    "a grid": "replace samples/.step-00000004.png.new",
+    "the other grid": "replace samples/.step-00000004-raw.png.new",
 }
 """What is being written -> the write that the second life of a run does not survive."""
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from runs import loss_curve
+from runs import NETWORK, assert_same, final_state, loss_curve
 from safetensors.torch import load_file
 
 from ddpm_pipe import DDPMPipeline
@@ -134,6 +135,60 @@ def test_a_resumed_run_has_every_entry_once_and_in_order(recipe, monkeypatch):
     assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert [entry["step"] for entry in entries if "held_out_loss" in entry] == [3, 6, 8]
     assert [entry["step"] for entry in entries] == sorted(entry["step"] for entry in entries)
+
+
+def shown(run: Path) -> dict[str, str | bytes]:
+    """Metrics without the speed, and grids, of a run."""
+    entries = [{k: v for k, v in entry.items() if k != "images_per_second"} for entry in read_metrics(run)]
+    return {METRICS: json.dumps(entries)} | {path.name: path.read_bytes() for path in (run / "samples").iterdir()}
+
+
+@pytest.mark.parametrize("left_out", ["everything", "the grids", "the raw grid"])
+def test_what_a_kill_after_a_checkpoint_left_out_is_shown_when_the_run_is_resumed(recipe, left_out):
+    config = recipe(steps=4, save_every=2, sample_every=2, holdout=10)
+    run = train(config).parent
+    before = shown(run)
+    for path in (run / "samples").glob("step-00000004*"):
+        if left_out != "the raw grid" or "raw" in path.name:
+            path.unlink()
+    if left_out == "everything":
+        *kept, last = (run / METRICS).read_text().splitlines(keepends=True)
+        assert "held_out_loss" in last
+        (run / METRICS).write_text("".join(kept))
+    assert shown(run) != before
+    train(dataclasses.replace(config, resume=True))
+    assert shown(run) == before
+
+
+def test_grids_of_steps_that_are_trained_again_are_drawn_again(recipe):
+    config = recipe(steps=4, save_every=2, sample_every=2, log_every=1)
+    run = train(config).parent
+    before = shown(run)
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+    (run / "samples" / "step-00000004.png").write_bytes(b"of another life")
+    (run / "samples" / "step-by-step.png").write_bytes(b"of the user")
+    train(dataclasses.replace(config, resume=True))
+    assert shown(run) == before | {"step-by-step.png": b"of the user"}
+
+
+@pytest.mark.parametrize("cause", ["no memory", "no folder"])
+def test_a_grid_that_cannot_be_drawn_is_told_and_harms_nothing(recipe, capsys, cause):
+    chancy = {"unet": NETWORK | {"dropout": 0.2}, "steps": 4, "save_every": 2, "sample_every": 2, "holdout": 10}
+    undisturbed, config = recipe("undisturbed", **chancy), recipe("run", **chancy)
+    train(undisturbed)
+    if cause == "no memory":
+        config = dataclasses.replace(config, num_samples=10**12)
+    else:
+        Path(config.output_dir).mkdir()
+        (Path(config.output_dir) / "samples").write_text("not a folder")
+    capsys.readouterr()
+    train(config)
+    told = [line for line in capsys.readouterr().out.splitlines() if "could not be drawn" in line]
+    assert [line.split(" (")[0] for line in told] == [
+        f"the samples of step {step} could not be drawn" for step in (2, 4)
+    ]
+    assert_same(final_state(undisturbed), final_state(config))
+    assert [entry["step"] for entry in read_metrics(Path(config.output_dir)) if "held_out_loss" in entry] == [2, 4]
 
 
 # ---------------------------------------------------------------- the report

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -160,12 +161,68 @@ def test_tensorboard_shows_loss_rate_and_speed(recipe):
     assert rates == [(2, pytest.approx(1e-3)), (4, pytest.approx(2e-3)), (6, pytest.approx(2e-3))]
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_another_run_is_never_overwritten_in_silence(recipe):
-    train(recipe(steps=2))
+    run = train(recipe(steps=2)).parent
+    before = contents(run)
     with pytest.raises(ValueError, match="holds a run; pass --resume, --overwrite or another folder"):
         train(recipe(steps=2))
+    with pytest.raises(ValueError, match="split='dev' could not be read"):
+        train(recipe(steps=1, overwrite=True, split="dev"))
+    assert contents(run) == before, "what cannot replace a run does not delete it"
+
+
+def test_overwriting_deletes_what_a_run_and_its_evaluation_wrote_and_nothing_else(recipe):
+    run = train(recipe(steps=2)).parent
+    theirs = ["evaluation.json", "neighbours.png", "ema-0.05/model_index.json", ".pipeline.old/model_index.json"]
+    others = ["notes.txt", "images/000000.png", "ema-comparison.png"]
+    for name in theirs + others:
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("")
     train(recipe(steps=1, overwrite=True))
-    assert [path.name for path in (Path(recipe().output_dir) / "checkpoints").iterdir()] == ["step-00000001"]
+    names = set(contents(run))
+    assert set(others) <= names and not names & set(theirs)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000001"]
+    assert [path.name for path in (run / "ema").iterdir()] == ["step-00000001"]
+    assert {path.name for path in (run / "samples").iterdir()} == {"step-00000001.png", "step-00000001-raw.png"}
+
+
+@pytest.mark.parametrize("name", ["samples/holiday.png", "logs/access.log", "config.yaml"])
+def test_overwriting_deletes_nothing_in_a_folder_that_holds_no_run(recipe, name):
+    config = recipe(steps=1, overwrite=True)
+    run = Path(config.output_dir)
+    (run / name).parent.mkdir(parents=True)
+    (run / name).write_text("model: mine")
+    with pytest.raises(ValueError, match=f"holds {name.split('/')[0]} but not the config.yaml of a run"):
+        train(config)
+    assert contents(run) == {name: b"model: mine"}
+
+
+def test_overwriting_what_is_not_there_yet_trains(recipe):
+    with pytest.raises(ValueError, match="split='dev' could not be read"):
+        train(recipe(steps=1, overwrite=True, split="dev"))
+    assert train(recipe(steps=1, overwrite=True)).is_dir(), "also where a first attempt failed"
+
+
+@pytest.mark.slow
+def test_two_processes_do_not_train_in_one_folder(lives, few_images, recipe):
+    config = recipe("run", data=few_images, steps=100_000, save_every=5, sample_every=0, log_every=1)
+    checkpoints, first = Checkpoints(Path(config.output_dir)), lives.start(write_config(config))
+    while not checkpoints.steps():
+        first.assert_alive()
+        time.sleep(0.001)
+    for flag in ("--resume", "--overwrite"):
+        second = lives.start(write_config(config), flag)
+        assert second.wait() == 2
+        expected = f"train.py: output_dir={config.output_dir!r} is being trained in by another process."
+        assert second.errors.splitlines()[-1] == expected
+    first.assert_alive()
+    first.signal(signal.SIGKILL)
+    first.wait()
+    lives.complete(write_config(config), "--resume", "--steps", str(checkpoints.steps()[-1] + 1))
 
 
 @pytest.mark.parametrize(
@@ -192,17 +249,69 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(recipe, tmp_path):
         train(recipe("file/run"))
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="threads matter on CPUs only")
-def test_a_process_alone_takes_all_cores_of_a_cpu_under_accelerate_launch(recipe):
-    """Not told of the CPU, the launcher would leave it one."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "examples/train.py"]
-    done = subprocess.run(
-        [*command, write_config(recipe(steps=1, sample_every=0))],
+# ---------------------------------------------------------------- what accelerate launch was told
+
+
+def accelerate_launch(config: TrainConfig, *flags: str, **environment: str) -> subprocess.CompletedProcess:
+    """A run under the launcher, which gets these flags and environment variables."""
+    inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    return subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *flags, "examples/train.py", write_config(config)],
         cwd=REPO,
-        env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},
+        env=inherited | environment,
         capture_output=True,
         text=True,
         timeout=300,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="threads matter on CPUs only")
+@pytest.mark.parametrize(
+    ("flags", "environment", "threads"),
+    [
+        ([], {}, psutil.cpu_count(logical=False)),
+        ([], {"OMP_NUM_THREADS": "1"}, 1),
+        (["--num-cpu-threads-per-process", "1"], {}, 1),
+    ],
+)
+def test_a_process_alone_takes_all_cores_of_a_cpu_unless_it_is_told_otherwise(recipe, flags, environment, threads):
+    """Not told of the CPU, the launcher would leave it one."""
+    done = accelerate_launch(recipe(steps=1, sample_every=0), *flags, **environment)
     assert done.returncode == 0, done.stderr
-    assert f"on {psutil.cpu_count(logical=False)} CPU threads: float32, fused AdamW\n" in done.stdout
+    assert f"on {threads} CPU threads: float32, fused AdamW\n" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_precision_of_the_launcher_is_taken_and_kept(recipe):
+    config = recipe(steps=1, sample_every=0, mixed_precision="auto")
+    done = accelerate_launch(config, "--mixed_precision", "bf16")
+    assert done.returncode == 0, done.stderr
+    assert "CPU threads: bf16, fused AdamW\n" in done.stdout
+    assert yaml.safe_load((Path(config.output_dir) / "config.yaml").read_text())["mixed_precision"] == "bf16"
+
+
+REFUSED = {
+    ("--mixed_precision", "bf16"): "mixed_precision='no' contradicts mixed_precision='bf16', which accelerate launch",
+    ("--dynamo_backend", "inductor"): "accelerate launch was told dynamo_backend=inductor, which is not supported",
+    ("--use_fsdp", "--num_processes", "1"): "accelerate launch was told to use FSDP, which is not supported",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("flags", "sentence"), REFUSED.items())
+def test_what_the_launcher_cannot_have_is_one_sentence(recipe, flags, sentence):
+    config = recipe()
+    done = accelerate_launch(config, *flags)
+    assert done.returncode == 1, done.stderr
+    (told,) = [line for line in done.stderr.splitlines() if "train.py: " in line]
+    assert told.startswith(f"train.py: {sentence}")
+    assert not Path(config.output_dir).exists()
+
+
+@pytest.mark.parametrize("name", ["DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_other_ways_to_share_the_work_are_one_sentence(recipe, monkeypatch, name):
+    """Set as the launcher sets it, which asks for a library or a GPU first."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(ValueError, match=r"accelerate launch was told to use .* not supported"):
+        train(recipe())
