@@ -4,16 +4,16 @@ A checkpoint is recognised by the names in it: `FAMILIES` has a row for each kin
 none of their code runs.
 """
 
-import pickle
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import diffusers
 import torch
-from safetensors.torch import load_file
+from diffusers import ModelMixin
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
 from ddpm_pipe import foreign
@@ -21,8 +21,9 @@ from ddpm_pipe.checkpoint import replace_folder
 from ddpm_pipe.config import Config
 from ddpm_pipe.foreign import from_reference
 from ddpm_pipe.noise import check_choice, make_betas, snr
-from ddpm_pipe.portable import DDPMPipeline
-from ddpm_pipe.schedulers import DDIMScheduler, DDPMScheduler
+from ddpm_pipe.portable import SAMPLERS, DDPMPipeline, read_index
+from ddpm_pipe.schedulers import DDPMScheduler
+from ddpm_pipe.weights import STEM, from_config, load_network, read_tensors, weight_files
 
 __all__ = ["ConvertConfig", "convert", "from_reference"]
 
@@ -63,6 +64,12 @@ class ConvertConfig(Config):
     version: str | None = field(
         default=None,
         metadata={"help": "of denoising-diffusion-pytorch, where the file is from before 1.8 and lacks it"},
+    )
+    sinusoidal_pos_emb_theta: float | None = field(
+        default=None, metadata={"help": "of denoising-diffusion-pytorch, where the network was made with another"}
+    )
+    auto_normalize: bool = field(
+        default=True, metadata={"help": "of denoising-diffusion-pytorch: whether images were brought to [-1, 1]"}
     )
     num_heads: int | None = field(default=None, metadata={"help": "attention heads, where the shapes do not tell"})
     head_dim: int | None = field(default=None, metadata={"help": "num_head_channels of guided-diffusion"})
@@ -117,19 +124,6 @@ class ConvertConfig(Config):
 # ---------------------------------------------------------------- reading
 
 
-def _read(path: Path) -> Any:
-    """What a file holds, all of it plain tensors, numbers, strings and containers."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(
-            f"source={str(path)!r} is not read: torch.load(weights_only=True) refuses a file that is damaged or holds "
-            "more than tensors and plain values, whose code could do anything."
-        ) from error
-
-
 def _weights(loaded: Any, which: str | None) -> dict[str, Tensor]:
     """The averaged or the raw state dict in what a training script saved."""
     raw, average = loaded, None
@@ -137,42 +131,49 @@ def _weights(loaded: Any, which: str | None) -> dict[str, Tensor]:
         raw, average = loaded[0], loaded[4] if len(loaded) > 4 else None
     elif isinstance(loaded, Mapping) and isinstance(loaded.get("model"), Mapping):  # lucidrains' Trainer
         prefix = "ema_model."
-        ema = loaded.get("ema") or {}
-        average = {name.removeprefix(prefix): value for name, value in ema.items() if name.startswith(prefix)}
+        ema = loaded.get("ema")
+        named = ema.items() if isinstance(ema, Mapping) else ()
+        average = {str(name).removeprefix(prefix): value for name, value in named if str(name).startswith(prefix)}
         raw = loaded["model"]
     if which == "ema" and not average:
         raise ValueError("weights='ema': the file holds one set of weights only; leave weights away.")
     chosen = raw if which == "raw" or not average else average
     if not isinstance(chosen, Mapping):
         return {}
-    return {name.removeprefix("module."): value for name, value in chosen.items() if isinstance(value, Tensor)}
+    return {str(name).removeprefix("module."): value for name, value in chosen.items() if isinstance(value, Tensor)}
 
 
 # ---------------------------------------------------------------- lucidrains' denoising-diffusion-pytorch
 
 
-def _objective_of(loss_weight: Tensor, alpha_bar: Tensor) -> str | None:
-    """The objective whose loss weights these are: its own factor of min(snr, gamma); None where none fits."""
+def _objectives_of(loss_weight: Tensor, alpha_bar: Tensor) -> list[str]:
+    """The objectives whose loss weights these can be: its own factor of min(snr, gamma)."""
     ratio = snr(alpha_bar)
     factors = {"pred_noise": 1 / ratio, "pred_x0": torch.ones_like(ratio), "pred_v": 1 / (ratio + 1)}
-    for objective, factor in factors.items():
-        clipped = loss_weight.double() / factor
-        if torch.allclose(clipped, ratio.clamp(max=clipped.max()), rtol=1e-3):
-            return objective
-    return None
+    clipped = {objective: loss_weight.double() / factor for objective, factor in factors.items()}
+    return [name for name in clipped if torch.allclose(clipped[name], ratio.clamp(max=clipped[name].max()), rtol=1e-3)]
 
 
-def _lucidrains_scheduler(buffers: Mapping[str, Tensor], objective: str | None, learned: bool) -> DDPMScheduler:
-    """GaussianDiffusion's sampler: clipped x0, and the posterior's variance or a learned one."""
-    betas = buffers["betas"].double()
+def _lucidrains_objective(buffers: Mapping[str, Tensor], given: str | None, learned: bool) -> str:
+    """What the network predicts, by the loss weights in the file or as given."""
     if learned:  # LearnedGaussianDiffusion always predicts the noise
-        objective = objective or "pred_noise"
-        if objective != "pred_noise":
-            raise ValueError(f"objective={objective!r} is not that of a network with learned variance; use pred_noise.")
-    elif objective is None and "loss_weight" in buffers:
-        objective = _objective_of(buffers["loss_weight"], torch.cumprod(1 - betas, 0))
-    if objective is None:
+        told = ["pred_noise"]
+    elif "loss_weight" in buffers:
+        told = _objectives_of(buffers["loss_weight"], torch.cumprod(1 - buffers["betas"].double(), 0))
+    else:
+        told = []
+    if given is None and len(told) != 1:
         raise ValueError(f"objective must be given, one of {', '.join(OBJECTIVES)}: the loss weights do not tell it.")
+    if given is not None and told and given not in told:
+        why = "its variance is learned" if learned else "its loss weights say so"
+        raise ValueError(f"objective={given!r} is not that of the checkpoint, which is {' or '.join(told)}: {why}.")
+    return given or told[0]
+
+
+def _lucidrains_scheduler(buffers: Mapping[str, Tensor], given: str | None, learned: bool) -> DDPMScheduler:
+    """GaussianDiffusion's sampler: clipped x0, and the posterior's variance or a learned one."""
+    objective = _lucidrains_objective(buffers, given, learned)
+    betas = buffers["betas"].double()
     noise: dict[str, Any] = {"trained_betas": betas.tolist()}
     for name in ("linear_rescaled", "squaredcos_cap_v2"):
         if torch.allclose(betas, make_betas(name, len(betas)), rtol=1e-6, atol=0):
@@ -193,12 +194,18 @@ def _convert_lucidrains(weights: dict[str, Tensor], version: str | None, config:
             "the file has no `betas`: of denoising-diffusion-pytorch, a GaussianDiffusion can be converted, not its "
             "Unet alone, and not what is trained in continuous time."
         )
+    if not config.auto_normalize:
+        raise ValueError(
+            "auto_normalize=False: a pipeline draws images in [-1, 1], so a network of images in [0, 1] cannot be "
+            "converted; where the data were brought to [-1, 1] before training, leave auto_normalize at true."
+        )
     network = foreign.lucidrains_network(
         {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")},
         sample_size=config.sample_size,
         version=version or config.version,
         num_heads=config.num_heads,
         norm_num_groups=config.norm_num_groups,
+        theta=config.sinusoidal_pos_emb_theta,
     )
     learned = network.config.out_channels == 2 * network.config.in_channels
     return DDPMPipeline(network, _lucidrains_scheduler(buffers, config.objective, learned))
@@ -207,7 +214,7 @@ def _convert_lucidrains(weights: dict[str, Tensor], version: str | None, config:
 # ---------------------------------------------------------------- files that hold weights only
 
 
-def _scheduler_from_flags(config: ConvertConfig, network: diffusers.UNet2DModel) -> DDPMScheduler:
+def _scheduler_from_flags(config: ConvertConfig, network: ModelMixin) -> DDPMScheduler:
     """The sampler of a network whose file says nothing of the diffusion it was trained for."""
     learned = network.config.out_channels == 2 * network.config.in_channels
     return DDPMScheduler(
@@ -240,17 +247,37 @@ def _convert_ho(weights: dict[str, Tensor], version: str | None, config: Convert
 # ---------------------------------------------------------------- pipelines of diffusers
 
 
+def _fetch(source: str) -> Path:
+    """The folder of the cache with the configs and weights of a repository: pickles only where it has nothing else."""
+    try:
+        for suffix in ("safetensors", "bin"):
+            patterns = ["*.json", f"{STEM}*.{suffix}", f"unet/{STEM}*.{suffix}"]
+            folder = Path(snapshot_download(source, allow_patterns=patterns))
+            if weight_files(_part(folder, "unet"), suffix=suffix):
+                break
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"source={source!r} is no file or folder here, and not had from the Hub: {reason}") from error
+    return folder
+
+
+def _part(folder: Path, name: str) -> Path:
+    """Where a part of a pipeline is saved: google/ddpm-* have both beside each other."""
+    return folder / name if (folder / name).is_dir() else folder
+
+
 def _convert_diffusers(source: str) -> DDPMPipeline:
-    """A stock DDPM or DDIM pipeline with the schedulers of this package: google/ddpm-* are such."""
-    stock = diffusers.DDPMPipeline.from_pretrained(source)
-    ours = {diffusers.DDPMScheduler: DDPMScheduler, diffusers.DDIMScheduler: DDIMScheduler}
-    if type(stock.unet) is not diffusers.UNet2DModel or type(stock.scheduler) not in ours:
+    """A stock DDPM or DDIM pipeline with the schedulers of this package, or a pickled one of this package."""
+    folder = Path(source) if Path(source).is_dir() else _fetch(source)
+    network_class, scheduler_class = read_index(folder)
+    if scheduler_class not in SAMPLERS.values():
         raise ValueError(
-            f"source={source!r} has {type(stock.unet).__name__} and {type(stock.scheduler).__name__}; UNet2DModel with "
-            "DDPMScheduler or DDIMScheduler can be converted."
+            f"source={source!r} has a {scheduler_class.__name__}; with {' or '.join(SAMPLERS)} it can be converted."
         )
-    scheduler = ours[type(stock.scheduler)].from_config(stock.scheduler.config)
-    return DDPMPipeline(stock.unet, scheduler)
+    part = _part(folder, "unet")
+    suffix = "bin" if weight_files(part, suffix="bin") and not weight_files(part) else "safetensors"
+    network = load_network(network_class, part, suffix=suffix)
+    return DDPMPipeline(network, from_config(scheduler_class, _part(folder, "scheduler") / scheduler_class.config_name))
 
 
 # ---------------------------------------------------------------- the command
@@ -271,7 +298,7 @@ FAMILIES = {
     "denoising-diffusion-pytorch": Family(
         r"(model\.)?init_conv\.weight",
         _convert_lucidrains,
-        "auto_normalize=True and sinusoidal_pos_emb_theta=10000",
+        "auto_normalize=True and, unless given, sinusoidal_pos_emb_theta=10000",
     ),
     "improved-diffusion or guided-diffusion": Family(
         r"input_blocks\.0\.0\.weight", _convert_improved, "num_heads_upsample as num_heads"
@@ -282,15 +309,23 @@ FAMILIES = {
 
 def _convert_file(path: Path, config: ConvertConfig) -> tuple[str, DDPMPipeline]:
     """The family of a checkpoint and its pipeline."""
-    loaded = _read(path)
+    try:
+        loaded = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"source: {error}") from error
     weights = _weights(loaded, config.weights)
     version = loaded.get("version") if isinstance(loaded, Mapping) else None
+    version = version if isinstance(version, str) else None
     for name, family in FAMILIES.items():
         if any(re.fullmatch(family.mark, weight) for weight in weights):
             try:
                 return name, family.convert(weights, version, config)
             except KeyError as error:
                 raise ValueError(f"the checkpoint lacks the weight {error}.") from error
+            except (IndexError, TypeError, RuntimeError) as error:  # from tensors that have not even the usual axes
+                raise ValueError(
+                    f"the checkpoint has a tensor of a shape that none of {name} has ({error})."
+                ) from error
     raise ValueError(f"source={config.source!r} holds no network of {', '.join(FAMILIES)}, by the names in it.")
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ddpm_pipe.data import to_array
 from ddpm_pipe.noise import add_noise, check_choice, check_number
-from ddpm_pipe.pipeline import OUTPUT_TYPES, PixelDiffusionPipeline
+from ddpm_pipe.pipeline import OUTPUT_TYPES
+from ddpm_pipe.portable import DDPMPipeline
 from ddpm_pipe.prediction import PREDICTIONS
 
 Images = Image.Image | Tensor | list[Image.Image] | list[Tensor]
@@ -23,7 +24,7 @@ Labels = int | list[int] | Tensor | None
 USE_OURS = "use DDIMScheduler.from_config(pipeline.scheduler.config) of ddpm_pipe"
 
 
-class InterpolationPipeline(PixelDiffusionPipeline):
+class InterpolationPipeline(DDPMPipeline):
     """Images between those of two noises, by deterministic DDIM (Song et al. 2021, section 5.3)."""
 
     @torch.no_grad()
@@ -67,7 +68,7 @@ class InterpolationPipeline(PixelDiffusionPipeline):
         )
 
 
-class ImageToImagePipeline(PixelDiffusionPipeline):
+class ImageToImagePipeline(DDPMPipeline):
     """Images like a given one: noise is added to it and taken away again (SDEdit, Meng et al. 2022, Algorithm 1)."""
 
     @torch.no_grad()
@@ -118,7 +119,7 @@ class ImageToImagePipeline(PixelDiffusionPipeline):
         return timesteps[begin:]
 
 
-class InpaintPipeline(PixelDiffusionPipeline):
+class InpaintPipeline(DDPMPipeline):
     """A part of an image drawn anew to fit the rest (RePaint, Lugmayr et al. 2022, Algorithm 1)."""
 
     @torch.no_grad()
@@ -176,7 +177,7 @@ class InpaintPipeline(PixelDiffusionPipeline):
         return self._output(torch.where(drawn, images, given), output_type, return_dict)
 
 
-class InversionPipeline(PixelDiffusionPipeline):
+class InversionPipeline(DDPMPipeline):
     """The noise that DDIM makes a given image of: its ODE backwards (Song et al. 2021, section 4.3 and 5.4)."""
 
     @torch.no_grad()

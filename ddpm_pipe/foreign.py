@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import ModelMixin, UNet2DModel
+from diffusers import UNet2DModel
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
 from ddpm_pipe.unet import DDPMUNet2DModel
+from ddpm_pipe.weights import fill
 
 Weights = Mapping[str, Tensor]
 Size = int | tuple[int, int]
@@ -22,24 +23,6 @@ def _rename(name: str, rules: Sequence[tuple[str, str]]) -> str:
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def _fill(network: ModelMixin, weights: Weights) -> ModelMixin:
-    """`network` with `weights`, in eval mode.
-
-    Raises:
-        ValueError: naming a weight that is missing, left over or of another shape.
-    """
-    expected = network.state_dict()
-    for name in sorted(expected.keys() ^ weights.keys()):
-        what = "lacks the weight" if name in expected else "has a part that the network cannot express,"
-        raise ValueError(f"the checkpoint {what} {name!r}.")
-    for name, tensor in weights.items():
-        if tensor.shape != expected[name].shape:
-            shapes = f"{tuple(tensor.shape)} where the network can only express {tuple(expected[name].shape)}"
-            raise ValueError(f"the checkpoint's weight {name!r} is {shapes}.")
-    network.load_state_dict(weights)
-    return network.eval()
 
 
 def _refuse(weights: Weights, unsupported: Mapping[str, str]) -> None:
@@ -108,7 +91,6 @@ def from_reference(state_dict: Weights) -> dict[str, Tensor]:
 
 _LUCIDRAINS_UNSUPPORTED = {
     r"^(null_)?classes_": "denoising-diffusion-pytorch: the classes of its classifier_free_guidance",
-    r"^time_mlp\.0\.weights$": "denoising-diffusion-pytorch: learned and random Fourier features of time",
     r"\.norm\.b$": "denoising-diffusion-pytorch before 0.28: LayerNorm with a bias",
 }
 
@@ -154,20 +136,29 @@ def _lucidrains_heads(weights: Weights, attention: str, num_heads: int | None) -
     return heads, hidden // heads
 
 
+def _lucidrains_time(ours: Weights, theta: float | None) -> dict[str, Any]:
+    """The config of the embedded time; whether Fourier features were learned or stayed random, nothing tells."""
+    config: dict[str, Any] = {"time_embedding_dim": len(ours["time_embedding.linear_1.weight"]) // 4}
+    if "time_proj.weight" not in ours:
+        return config | {"time_embedding_theta": 10_000.0 if theta is None else theta}
+    if theta is not None:
+        raise ValueError(f"sinusoidal_pos_emb_theta={theta} is not used by a network with Fourier features of time.")
+    return config | {"time_embedding_type": "learned_fourier", "time_fourier_dim": 2 * len(ours["time_proj.weight"])}
+
+
 def _lucidrains_shapes(ours: Weights, num_heads: int | None, linear: str) -> dict[str, Any]:
     """What the renamed weights tell of the config; `linear` is the kind of attention that ends in a norm."""
     levels = range(_count(ours, r"down_blocks\.(\d+)\."))
     attentions = [f"down_blocks.{i}.attention.attention" for i in levels]
     heads, head_dims = zip(*(_lucidrains_heads(ours, attention, num_heads) for attention in attentions))
     memory = ours.get("mid_attention.attention.mem_kv")  # (2, heads, number, head_dim)
-    out_channels, stem = ours["conv_out.weight"].shape[:2]
+    out_channels, stem = ours["conv_out.weight"].shape[0], ours["conv_out.weight"].shape[1]
     channels = ours["conv_in.weight"].shape[1]
     return {
         "in_channels": min(channels, out_channels),
         "out_channels": out_channels,
         "block_out_channels": tuple(ours[f"down_blocks.{i}.downsample.weight"].shape[0] for i in levels),
         "stem_channels": stem,
-        "time_embedding_dim": ours["time_embedding.linear_1.weight"].shape[1],
         "norm_type": "group" if "resnet_out.norm1.bias" in ours else "rms",
         "downsample_type": "conv" if ours["down_blocks.0.downsample.weight"].shape[-1] == 4 else "pixel_unshuffle",
         "attention_types": tuple(linear if f"{name}.norm_out.weight" in ours else "full" for name in attentions),
@@ -179,7 +170,12 @@ def _lucidrains_shapes(ours: Weights, num_heads: int | None, linear: str) -> dic
 
 
 def lucidrains_network(
-    weights: Weights, sample_size: Size, version: str | None, num_heads: int | None, norm_num_groups: int | None
+    weights: Weights,
+    sample_size: Size,
+    version: str | None,
+    num_heads: int | None,
+    norm_num_groups: int | None,
+    theta: float | None,
 ) -> DDPMUNet2DModel:
     """The Unet of lucidrains' denoising-diffusion-pytorch.
 
@@ -189,6 +185,7 @@ def lucidrains_network(
         version: of the package; needed for networks from before 1.8.
         num_heads: `attn_heads`, for networks without learned keys and values.
         norm_num_groups: `resnet_block_groups`, 8 if not given.
+        theta: `sinusoidal_pos_emb_theta`, 10000 if not given.
 
     Raises:
         ValueError: for an option that cannot be converted, naming it.
@@ -201,9 +198,10 @@ def lucidrains_network(
         norm_num_groups=norm_num_groups or 8,
         attention_norm_type=attention_norm,
         weight_standardization=standardize,
+        **_lucidrains_time(ours, theta),
         **_lucidrains_shapes(ours, num_heads, linear),
     )
-    return _fill(network, ours)
+    return fill(network, ours, "the checkpoint")
 
 
 # ---------------------------------------------------------------- stock UNet2DModel
@@ -267,7 +265,7 @@ def _stock_network(ours: dict[str, Tensor], resample: str, plain: tuple[str, str
         upsample_type=resample,
         **config,
     )
-    return _fill(network, ours)
+    return fill(network, ours, "the checkpoint")
 
 
 def ho_network(weights: Weights, sample_size: Size, norm_num_groups: int | None) -> UNet2DModel:

@@ -11,19 +11,30 @@ from os import PathLike
 from pathlib import Path
 from types import ModuleType
 
-from diffusers import ModelMixin, SchedulerMixin, UNet2DModel
-from huggingface_hub import snapshot_download
+import diffusers
+import torch
+from diffusers import ConfigMixin, ModelMixin, SchedulerMixin, UNet2DModel
+from diffusers.utils.torch_utils import get_device
+from huggingface_hub import HfApi, snapshot_download
 
 from ddpm_pipe import noise, pipeline, prediction, schedulers, unet
+from ddpm_pipe.noise import check_choice
 from ddpm_pipe.pipeline import PixelDiffusionPipeline
 from ddpm_pipe.schedulers import DDIMScheduler, DDPMScheduler
-from ddpm_pipe.unet import DDPMUNet2DModel
+from ddpm_pipe.unet import CODE_FILE, DDPMUNet2DModel
+from ddpm_pipe.weights import STEM, from_config, load_network, read_json, weight_files, why_none
 
 NETWORKS: dict[str, type[ModelMixin]] = {cls.__name__: cls for cls in (DDPMUNet2DModel, UNet2DModel)}
 SAMPLERS = {cls.__name__: cls for cls in (DDPMScheduler, DDIMScheduler)}
 
-CODE = {"unet": "ddpm_unet", "scheduler": "ddpm_schedulers", "pipeline": "ddpm_pipeline"}
+CODE = {"unet": CODE_FILE, "scheduler": "ddpm_schedulers", "pipeline": "ddpm_pipeline"}
 """Names of the code files, without suffix. diffusers looks for `<component>/<name>.py`, of the pipeline at the root."""
+
+LIBRARIES = {"diffusers", DDPMUNet2DModel.__module__, DDPMScheduler.__module__} | {
+    f"{prefix}{name}" for name in CODE.values() for prefix in ("", "diffusers_modules.local.")
+}
+"""Where model_index.json may say that a class of this package or of diffusers is; the last kind is from pipelines that
+diffusers loaded and saved again."""
 
 FAITHFUL: dict[str, dict[str, tuple]] = {
     "DDPMScheduler": {
@@ -47,73 +58,103 @@ class DDPMPipeline(PixelDiffusionPipeline):
     """
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs) -> "DDPMPipeline":
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike,
+        *,
+        unet: ModelMixin | None = None,
+        scheduler: SchedulerMixin | None = None,
+        variant: str | None = None,
+        torch_dtype: torch.dtype | dict[str, torch.dtype] | None = None,
+        dtype: torch.dtype | dict[str, torch.dtype] | None = None,
+        device_map: str | torch.device | None = None,
+        use_safetensors: bool | None = True,
+        custom_pipeline: str | None = None,
+        trust_remote_code: bool = False,
+        **hub_options,
+    ) -> "DDPMPipeline":
         """Load a pipeline from a folder or the Hub, its own or a stock one of a UNet2DModel and a scheduler.
 
-        DDPM and DDIM schedulers load as those of this package. No code of the folder or repository is executed.
+        DDPM and DDIM schedulers load as those of this package. No code of the folder or repository is executed: the two
+        parts are made here, of classes of this package and of diffusers, and no loader of diffusers chooses others.
 
         Args:
             pretrained_model_name_or_path: a folder or the id of a repository.
-            kwargs: as for `diffusers.DiffusionPipeline.from_pretrained`: revision, token, cache_dir, local_files_only,
-                force_download, variant, torch_dtype, device_map, and components to use instead of the saved ones.
+            unet, scheduler: to use instead of the saved one.
+            variant: which of several saved sets of weights, as "fp16".
+            torch_dtype, dtype: two names for the precision of the network, float32 by default; may be a dict, as
+                `{"unet": torch.float16}`.
+            device_map: the device of the network, or "balanced" for the accelerator where there is one.
+            use_safetensors, custom_pipeline, trust_remote_code: taken as diffusers' pipelines take them, but neither
+                pickles nor code are loaded.
+            hub_options: revision, token, cache_dir, local_files_only, force_download.
 
         Raises:
-            ValueError: for a pipeline of other parts, weights that are not safetensors, or a custom pipeline.
+            ValueError: for a pipeline of other parts, weights that are not safetensors, do not fit the network or are
+                not finite, a damaged file, or a keyword that is not known, naming it.
             OSError: where the repository, revision or file is not there or may not be read.
         """
-        if kwargs.pop("custom_pipeline", None) is not None or kwargs.pop("use_safetensors", True) is False:
+        if custom_pipeline is not None or use_safetensors is False:
             raise ValueError(
                 "DDPMPipeline runs no code of a repository and loads no pickles, so it takes neither custom_pipeline "
                 "nor use_safetensors=False; use diffusers.DiffusionPipeline where you trust the source."
             )
-        kwargs.pop("trust_remote_code", None)  # there is nothing to trust
-        if Path(pretrained_model_name_or_path).is_dir():
-            _check_weights(pretrained_model_name_or_path, **kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+        for name in hub_options:
+            check_choice("the keyword", name, HUB_OPTIONS)
+        source = pretrained_model_name_or_path
+        folder = Path(source)
+        if not folder.is_dir():
+            folder = Path(cls.download(str(source), unet=unet, variant=variant, **hub_options))
+        network_class, scheduler_class = read_index(folder)
+        if unet is None:
+            precision = _precision(torch_dtype if dtype is None else dtype)
+            unet = load_network(network_class, folder / "unet", variant, precision).to(_device(device_map))
+        if scheduler is None:
+            scheduler = from_config(scheduler_class, folder / "scheduler" / scheduler_class.config_name)
+        loaded = cls(unet, scheduler)
+        loaded.register_to_config(_name_or_path=str(source))
+        return loaded
 
     @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs) -> str:
+    def download(
+        cls, pretrained_model_name: str, unet: ModelMixin | None = None, variant: str | None = None, **hub_options
+    ) -> str:
         """The folder of the cache with the configs and safetensors of a repository, and nothing else of it.
 
         Args:
             pretrained_model_name: the id of a repository.
-            kwargs: `HUB_OPTIONS`, variant, and components whose weights are not needed.
+            unet: where it is not None, the weights are not needed.
+            variant: which of several saved sets of weights, as "fp16".
+            hub_options: revision, token, cache_dir, local_files_only, force_download.
 
         Raises:
             ValueError: where the repository has no such weights.
+            OSError: where the repository or revision is not there or may not be read.
         """
         patterns = [cls.config_name, "*/*.json"]
-        if kwargs.get("unet") is None:
-            patterns += [f"unet/{name}" for name in _weight_files(kwargs.get("variant"))]
-        options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
-        folder = snapshot_download(pretrained_model_name, allow_patterns=patterns, **options)
-        _check_weights(folder, **kwargs)
-        return folder
+        if unet is None:
+            stem = "unet/" + (STEM if variant is None else f"{STEM}.{variant}")
+            patterns += [f"{stem}.safetensors", f"{stem}-*.safetensors"]
+        options = {name: value for name, value in hub_options.items() if value is not None}
+        folder = Path(snapshot_download(pretrained_model_name, allow_patterns=patterns, **options))
+        if unet is None and not weight_files(folder / "unet", variant):
+            names = [path.name for path in folder.glob("unet/*")]
+            if not options.get("local_files_only"):
+                chosen = {name: options[name] for name in ("revision", "token") if name in options}
+                files = HfApi().list_repo_files(pretrained_model_name, **chosen)
+                names = [name.removeprefix("unet/") for name in files if name.startswith("unet/")]
+            raise ValueError(why_none(f"{pretrained_model_name}/unet", names, variant))
+        return str(folder)
 
-    @classmethod
-    def load_config(cls, *args, **kwargs):
-        """What model_index.json says, with the classes of this package in the place of code and of stock schedulers."""
-        loaded = super().load_config(*args, **kwargs)
-        index = loaded[0] if isinstance(loaded, tuple) else loaded
-        parts = {name for name in index if not name.startswith("_")}
-        if parts != {"unet", "scheduler"} or index["unet"][1] not in NETWORKS:
-            raise ValueError(
-                f"{args[0]} holds a {index['_class_name']} of {', '.join(sorted(parts))}; DDPMPipeline is made of a "
-                f"scheduler and a unet, which is a {' or '.join(NETWORKS)}."
-            )
-        library, name = index["scheduler"]
-        if name not in SAMPLERS and library != "diffusers":
-            raise ValueError(
-                f"{args[0]} has a scheduler {name} of {library}; schedulers are those of diffusers and of this package."
-            )
-        known: dict[str, type] = {**NETWORKS, **SAMPLERS}
-        for part in parts:
-            _, name = index[part]
-            if name in known:
-                module = known[name].__module__
-                index[part] = ["diffusers" if module.startswith("diffusers.") else module, name]
-        index["_class_name"] = cls.__name__
-        return loaded
+    def save_pretrained(self, save_directory: str | PathLike, safe_serialization: bool = True, *args, **kwargs) -> None:
+        """Write the pipeline as a folder that this package and diffusers load; keywords as in diffusers.
+
+        Raises:
+            ValueError: for safe_serialization=False, since pickles are not loaded.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False writes pickles, which from_pretrained does not load; leave it.")
+        super().save_pretrained(save_directory, safe_serialization, *args, **kwargs)
 
     def save_config(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """Write model_index.json and the code that diffusers needs beside it, the last part of `save_pretrained`."""
@@ -121,6 +162,7 @@ class DDPMPipeline(PixelDiffusionPipeline):
         folder = Path(save_directory)
         index = json.loads((folder / self.config_name).read_text())
         sources: dict[str, list[ModuleType]] = {}
+        index["_class_name"] = DDPMPipeline.__name__
         if isinstance(self.unet, DDPMUNet2DModel):
             index["unet"][0], sources["unet"] = CODE["unet"], [unet]
         if isinstance(self.scheduler, tuple(SAMPLERS.values())):
@@ -132,6 +174,7 @@ class DDPMPipeline(PixelDiffusionPipeline):
         if not stock_pipeline_samples(self.unet, self.scheduler):
             index["_class_name"] = [CODE["pipeline"], PixelDiffusionPipeline.__name__]
             sources["pipeline"] = [noise, prediction, pipeline]
+        index.pop("_name_or_path", None)  # where it was loaded from is nobody's business
         (folder / self.config_name).write_text(json.dumps(index, indent=2) + "\n")
         for part, name in CODE.items():
             file = (folder if part == "pipeline" else folder / part) / f"{name}.py"
@@ -172,15 +215,69 @@ def bundle(*modules: ModuleType) -> str:
     return "\n\n".join(texts) + "\n"
 
 
-def _weight_files(variant: str | None) -> list[str]:
-    stem = "diffusion_pytorch_model" + (f".{variant}" if variant else "")
-    return [f"{stem}.safetensors", f"{stem}-*.safetensors"]
+# ---------------------------------------------------------------- loading the parts
 
 
-def _check_weights(folder: str | PathLike, unet: ModelMixin | None = None, variant: str | None = None, **_) -> None:
-    names = _weight_files(variant)
-    if unet is None and not any(file for name in names for file in (Path(folder) / "unet").glob(name)):
-        raise ValueError(
-            f"{folder} has no unet/{names[0]} (variant={variant!r}); pickled weights can run code and are not loaded: "
-            "examples/convert.py makes safetensors of them."
-        )
+def read_index(folder: Path) -> tuple[type[ModelMixin], type[SchedulerMixin]]:
+    """The classes of the network and of the scheduler that model_index.json names.
+
+    Raises:
+        ValueError: for a folder without pipeline, naming those that it lies among, or one of other parts.
+    """
+    file = folder / DDPMPipeline.config_name
+    if not file.is_file():
+        raise ValueError(_where_else(folder))
+    index = read_json(file)
+    made_of = f"DDPMPipeline is made of a scheduler and a unet, which is a {' or '.join(NETWORKS)}"
+    kind = index.get("_class_name")
+    parts = {name for name in index if not name.startswith("_")}
+    if parts != {"unet", "scheduler"}:
+        raise ValueError(f"{file} describes a {kind} of {', '.join(sorted(parts))}; {made_of}.")
+    if not isinstance(kind, str) and kind != [CODE["pipeline"], PixelDiffusionPipeline.__name__]:
+        raise ValueError(f"{file} has the _class_name {kind!r}, a pipeline of its own code, which is not executed.")
+    for part in sorted(parts):
+        if not (isinstance(index[part], list) and [type(entry) for entry in index[part]] == [str, str]):
+            raise ValueError(f"{file} must name the library and the class of its {part}, not {index[part]!r}.")
+    library, name = index["unet"]
+    if library not in LIBRARIES or name not in NETWORKS:
+        raise ValueError(f"{file} has a unet {name} of {library}; {made_of}.")
+    return NETWORKS[name], _scheduler_class(file, *index["scheduler"])
+
+
+def _scheduler_class(file: Path, library: str, name: str) -> type[SchedulerMixin]:
+    if library in LIBRARIES and name in SAMPLERS:
+        return SAMPLERS[name]
+    is_public = library == "diffusers" and name.endswith("Scheduler")
+    found = getattr(diffusers.schedulers, name, None) if is_public else None
+    if isinstance(found, type) and issubclass(found, SchedulerMixin) and issubclass(found, ConfigMixin):
+        return found
+    raise ValueError(
+        f"{file} has a scheduler {name} of {library}; schedulers are those that diffusers has here and this package's."
+    )
+
+
+def _where_else(folder: Path) -> str:
+    """A sentence on where the pipeline is that a folder does not hold itself."""
+    inside = sorted(str(file.parent) for file in folder.glob(f"*/{DDPMPipeline.config_name}"))
+    if inside:
+        return f"{folder} is not a pipeline's folder but holds {', '.join(inside)}; give one of these."
+    if (folder.absolute().parent / DDPMPipeline.config_name).is_file():
+        return f"{folder} is a part of the pipeline {folder.absolute().parent}; give that."
+    return f"{folder} holds no pipeline: {DDPMPipeline.config_name} is missing."
+
+
+def _device(device_map: str | torch.device | None) -> torch.device:
+    if device_map == "balanced":
+        return torch.device(get_device())
+    try:
+        return torch.device(device_map or "cpu")
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device_map={device_map!r} must be 'balanced' or a device, as 'cuda'.") from error
+
+
+def _precision(dtype: torch.dtype | dict[str, torch.dtype] | None) -> torch.dtype:
+    if isinstance(dtype, dict):
+        dtype = dtype.get("unet", dtype.get("default"))
+    if not isinstance(dtype or torch.float32, torch.dtype):
+        raise ValueError(f"torch_dtype={dtype!r} must be a torch.dtype, as torch.float16.")
+    return dtype or torch.float32

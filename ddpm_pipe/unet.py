@@ -5,9 +5,12 @@ Self-contained (torch and diffusers only): this file travels with shared checkpo
 time embedding `temb` is (B, D).
 """
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from os import PathLike
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
+
+CODE_FILE = "ddpm_unet"
+"""What this file is called, without suffix, beside a saved network."""
 
 # ---------------------------------------------------------------- time
 
@@ -47,11 +53,12 @@ class FourierEmbedding(nn.Module):
         return torch.cat([t, angle.sin(), angle.cos()], dim=1)
 
 
-TIME_EMBEDDINGS: dict[str, Callable[[int], SinusoidalEmbedding | FourierEmbedding]] = {
+TIME_EMBEDDINGS: dict[str, Callable[[int, float], SinusoidalEmbedding | FourierEmbedding]] = {
     "positional": SinusoidalEmbedding,
-    "learned_fourier": lambda dim: FourierEmbedding(dim, learned=True),
-    "random_fourier": lambda dim: FourierEmbedding(dim, learned=False),
+    "learned_fourier": lambda dim, theta: FourierEmbedding(dim, learned=True),
+    "random_fourier": lambda dim, theta: FourierEmbedding(dim, learned=False),
 }
+"""(width, theta) -> the embedding of timesteps (B,), before the MLP."""
 
 
 class TimeMLP(nn.Module):
@@ -307,9 +314,12 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
         num_attention_heads, attention_head_dim: of every attention; one value for all, or one per level, of which the
             middle takes the last.
         num_mem_kv: learned keys and values that each attention has beside those of the pixels.
-        time_embedding_dim: width of the embedded timestep, of which the time MLP makes four times as many; None is
-            stem_channels.
+        time_embedding_dim: width of the sinusoidal embedding of the timestep; what the time MLP makes of it, or of
+            Fourier features, is four times as wide. None is stem_channels.
         time_embedding_type: "positional" (sinusoidal), "learned_fourier" or "random_fourier".
+        time_fourier_dim: sines and cosines of Fourier features together, twice the number of frequencies; None is
+            time_embedding_dim.
+        time_embedding_theta: of the sinusoidal embedding, whose longest period is about 2 pi times as many timesteps.
         weight_standardization: standardise the filters of the ResNet blocks.
         dropout: probability in [0, 1), inside each ResNet block.
         num_class_embeds: number of classes; labels are 0 to num_class_embeds - 1 and one more embedding, the null
@@ -347,6 +357,8 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
         downsample_type: str = "conv",
         stem_channels: int | None = None,
         time_embedding_dim: int | None = None,
+        time_fourier_dim: int | None = None,
+        time_embedding_theta: float = 10_000.0,
     ):
         super().__init__()
         self._check()
@@ -356,7 +368,8 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
         width = block_out_channels[0] if stem_channels is None else stem_channels
         time_dim = width if time_embedding_dim is None else time_embedding_dim
         temb_dim = 4 * time_dim
-        self.time_proj = TIME_EMBEDDINGS[time_embedding_type](time_dim)
+        embedded_dim = time_dim if time_fourier_dim is None else time_fourier_dim
+        self.time_proj = TIME_EMBEDDINGS[time_embedding_type](embedded_dim, time_embedding_theta)
         self.time_embedding = TimeMLP(self.time_proj.dim, temb_dim)
         self.class_embedding = None if num_class_embeds is None else nn.Embedding(num_class_embeds + 1, temb_dim)
 
@@ -437,12 +450,7 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
         if not config.block_out_channels:
             raise ValueError("block_out_channels must name at least one level.")
         stem = config.block_out_channels[0] if config.stem_channels is None else config.stem_channels
-        time_dim = stem if config.time_embedding_dim is None else config.time_embedding_dim
-        if time_dim % 2 or time_dim < 4:
-            raise ValueError(
-                "time_embedding_dim, or stem_channels or block_out_channels[0] in its place, must be even and at least "
-                f"4, not {time_dim}."
-            )
+        self._check_time(stem)
         if config.norm_type != "group" or config.norm_num_groups < 1:
             return
         for channels in (stem, *config.block_out_channels):
@@ -452,6 +460,23 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
                     f"{channels}."
                 )
 
+    def _check_time(self, stem: int) -> None:
+        config = self.config
+        if config.time_fourier_dim is not None and config.time_embedding_type == "positional":
+            raise ValueError(
+                f"time_fourier_dim={config.time_fourier_dim} is for time_embedding_type learned_fourier or "
+                "random_fourier; a positional one has time_embedding_dim."
+            )
+        time_dim = stem if config.time_embedding_dim is None else config.time_embedding_dim
+        for name, width, least in (
+            ("time_fourier_dim", config.time_fourier_dim, 2),
+            ("time_embedding_dim, or stem_channels or block_out_channels[0] in its place,", time_dim, 4),
+        ):
+            if width is not None and (width % 2 or width < least):
+                raise ValueError(f"{name} must be even and at least {least}, not {width}.")
+        if not 0 < config.time_embedding_theta < math.inf:
+            raise ValueError(f"time_embedding_theta={config.time_embedding_theta} must be positive and finite.")
+
     def _check_size(self, height: int, width: int) -> None:
         levels = len(self.config.block_out_channels)
         if min(height, width) < 2 ** (levels - 1):
@@ -459,6 +484,37 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
                 f"images of {height}x{width} are too small for {levels} levels of block_out_channels: "
                 f"height and width must be at least {2 ** (levels - 1)}."
             )
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """Load a network from a folder or the Hub, with the keywords of diffusers' models.
+
+        Raises:
+            ValueError: for weights that are missing or left over, which diffusers only warns of.
+        """
+        network, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for kind, told in (("missing_keys", "lacks the weights"), ("unexpected_keys", "has the unknown weights")):
+            if info.get(kind):
+                raise ValueError(f"{args[0] if args else 'the folder'} {told} {', '.join(sorted(info[kind]))}.")
+        return (network, info) if output_loading_info else network
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
+        """What of a saved config are arguments of this class: not where `AutoModel` finds it."""
+        return super().extract_init_dict({key: config_dict[key] for key in config_dict if key != "auto_map"}, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The config, and for diffusers' `AutoModel.from_pretrained(..., trust_remote_code=True)` where its code is."""
+        auto_map = {"AutoModel": f"{CODE_FILE}.{DDPMUNet2DModel.__name__}"}
+        return (
+            json.dumps(json.loads(super().to_json_string()) | {"auto_map": auto_map}, indent=2, sort_keys=True) + "\n"
+        )
+
+    def save_config(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """Write config.json and this file beside it: a network of this class brings its code."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / f"{CODE_FILE}.py").write_text(Path(__file__).read_text())
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @property
     def null_class(self) -> int | None:

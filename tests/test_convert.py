@@ -1,5 +1,8 @@
 """Conversion: the packages that trained a checkpoint draw the same images from the same noise, and what is refused."""
 
+import json
+import math
+import os
 import re
 import subprocess
 import sys
@@ -9,10 +12,13 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from hub_server import HubServer
+from huggingface_hub import HfApi, constants
 from pypi import importable, load, unpacked
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ddpm_pipe import DDIMScheduler, DDPMPipeline
+from ddpm_pipe import DDIMScheduler, DDPMPipeline, DDPMUNet2DModel
 from ddpm_pipe.convert import FAMILIES, ConvertConfig, convert
 
 pytestmark = [
@@ -73,6 +79,9 @@ LUCIDRAINS = {
     "widths": (CURRENT, {"dim_mults": (2, 3, 3), "init_dim": 24}, {}),
     "one level": (CURRENT, {"dim_mults": (1,)}, {}),
     "learned variance": (CURRENT, {"learned_variance": True}, {}),
+    "learned Fourier features": (CURRENT, {"learned_sinusoidal_cond": True}, {}),
+    "random Fourier features": ("1.5.8", {"random_fourier_features": True, "learned_sinusoidal_dim": 10}, {}),
+    "Fourier features before 1.0": ("0.28.0", {"learned_sinusoidal_cond": True}, {"objective": "pred_noise"}),
     "group norm, rms attention": ("1.11.1", {}, {}),
     "standardised, rms attention": ("1.7.0", {}, {}),
     "rms attention of means": ("1.7.3", {}, {}),
@@ -97,6 +106,8 @@ def checkpoint_of(package, version, unet, options):
 
     torch.manual_seed(0)
     network = package.Unet(16, **{"dim_mults": (1, 2), **unet})
+    # GaussianDiffusion refuses Fourier features, which it can sample, by these names
+    network.random_or_learned_sinusoidal_cond = network.learned_sinusoidal_cond = False
     kind = package.LearnedGaussianDiffusion if unet.get("learned_variance") else package.GaussianDiffusion
     diffusion = kind(network, image_size=SIZE, **{"timesteps": STEPS, **options})
     ema = EMA(diffusion)
@@ -154,6 +165,15 @@ def test_lucidrains_images_need_not_be_square(current, tmp_path):
     torch.manual_seed(3)
     theirs = models["ema"].p_sample_loop((2, 3, SIZE, 2 * SIZE))
     assert_same_images(drawn(converted(tmp_path, checkpoint, image_size=[SIZE, 2 * SIZE])), theirs)
+
+
+def test_lucidrains_embedding_of_another_theta_draws_its_own_images(current, tmp_path):
+    models, checkpoint = checkpoint_of(current, CURRENT, {"sinusoidal_pos_emb_theta": 50}, {})
+    torch.manual_seed(3)
+    theirs = models["ema"].p_sample_loop((2, 3, SIZE, SIZE))
+    pipeline = converted(tmp_path, checkpoint, sinusoidal_pos_emb_theta=50)
+    assert_same_images(drawn(pipeline), theirs)
+    assert pipeline.unet.config.time_embedding_theta == 50
 
 
 # its LearnedGaussianDiffusion cannot sample so
@@ -301,22 +321,78 @@ def stock_pipeline(scheduler) -> diffusers.DDPMPipeline:
     return diffusers.DDPMPipeline(randomize(network), scheduler)
 
 
+def google(folder: Path, pickled: bool, at_root: bool) -> diffusers.DDPMPipeline:
+    """A stock pipeline, saved in `folder`; google/ddpm-cifar10-32 has both parts at its root, pickled or not."""
+    stock = stock_pipeline(diffusers.DDPMScheduler(20, variance_type="fixed_large"))
+    stock.set_progress_bar_config(disable=True)
+    stock.save_pretrained(folder, safe_serialization=not pickled)
+    if at_root:
+        for part in ("unet", "scheduler"):
+            for file in (folder / part).iterdir():
+                file.rename(folder / file.name)
+            (folder / part).rmdir()
+    return stock
+
+
+def assert_draws_as(stock: diffusers.DDPMPipeline, folder: Path) -> None:
+    theirs = stock(2, torch.Generator().manual_seed(3), num_inference_steps=20, output_type="np").images
+    assert_same_images(drawn(DDPMPipeline.from_pretrained(folder)), torch.from_numpy(theirs).permute(0, 3, 1, 2))
+
+
 @pytest.mark.parametrize("pickled", [False, True])
 @pytest.mark.parametrize("at_root", [False, True])
 def test_google_ddpm_draws_its_own_images(pickled, at_root, tmp_path):
-    """As google/ddpm-cifar10-32 is saved: weights and configs beside each other, pickled or not."""
-    stock = stock_pipeline(diffusers.DDPMScheduler(20, variance_type="fixed_large"))
-    stock.set_progress_bar_config(disable=True)
-    stock.save_pretrained(tmp_path / "stock", safe_serialization=not pickled)
-    if at_root:
-        for part in ("unet", "scheduler"):
-            for file in (tmp_path / "stock" / part).iterdir():
-                file.rename(tmp_path / "stock" / file.name)
-            (tmp_path / "stock" / part).rmdir()
+    stock = google(tmp_path / "stock [a]*", pickled, at_root)
+    convert(ConvertConfig(str(tmp_path / "stock [a]*"), str(tmp_path / "out")))
+    assert_draws_as(stock, tmp_path / "out")
+
+
+def test_attention_of_2022_has_its_names_of_today(tmp_path):
+    stock = google(tmp_path / "stock", pickled=False, at_root=True)
+    file = tmp_path / "stock" / "diffusion_pytorch_model.safetensors"
+    names = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    weights = load_file(file)
+    for today, then in names.items():
+        weights = {name.replace(today, then): tensor for name, tensor in weights.items()}
+    assert sum(".proj_attn." in name for name in weights) == 8
+    save_file(weights, file)
     convert(ConvertConfig(str(tmp_path / "stock"), str(tmp_path / "out")))
-    pipeline = DDPMPipeline.from_pretrained(tmp_path / "out")
-    theirs = stock(2, torch.Generator().manual_seed(3), num_inference_steps=20, output_type="np").images
-    assert_same_images(drawn(pipeline), torch.from_numpy(theirs).permute(0, 3, 1, 2))
+    assert_draws_as(stock, tmp_path / "out")
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_repository_of_the_hub_is_converted(pickled, tmp_path, repo, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    stock = google(tmp_path / "stock", pickled, at_root=True)
+    (tmp_path / "stock" / "surprise.bin").write_bytes(b"not needed")
+    with HubServer(tokens={"hf_good": "org"}) as hub:
+        api = HfApi(endpoint=hub.url, token="hf_good")
+        api.create_repo("org/stock")
+        api.upload_folder(repo_id="org/stock", folder_path=tmp_path / "stock")
+        for source, code in (("org/stock", 0), ("org/none", 2), ("org/a/b", 2)):
+            command = [sys.executable, repo / "examples" / "convert.py", "--source", source]
+            environment = os.environ | hub.environment(token="hf_good", home=tmp_path / "home")
+            command += ["--output_dir", tmp_path / source]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert done.returncode == code, done.stderr
+            assert code == 0 or done.stderr.startswith(f"convert.py: source='{source}' is no file or folder here")
+        fetched = {Path(request.path).name for request in hub.requests if "/resolve/" in request.path}
+    suffix = "bin" if pickled else "safetensors"
+    assert fetched >= {"model_index.json", f"diffusion_pytorch_model.{suffix}"} and "surprise.bin" not in fetched
+    assert_draws_as(stock, tmp_path / "org" / "stock")
+
+
+def test_pickled_pipeline_of_this_package_is_converted(tmp_path):
+    torch.manual_seed(0)
+    network = DDPMUNet2DModel(sample_size=SIZE, block_out_channels=(8, 16), norm_num_groups=4, num_class_embeds=3)
+    ours = DDPMPipeline(network.eval(), DDIMScheduler(20, timestep_spacing="trailing"))
+    ours.save_pretrained(tmp_path / "ours")
+    (tmp_path / "ours" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(network.state_dict(), tmp_path / "ours" / "unet" / "diffusion_pytorch_model.bin")
+    convert(ConvertConfig(str(tmp_path / "ours"), str(tmp_path / "out")))
+    loaded = DDPMPipeline.from_pretrained(tmp_path / "out")
+    assert torch.equal(drawn(loaded, class_labels=1), drawn(ours, class_labels=1))
 
 
 def test_stock_implicit_scheduler_stays_one(tmp_path):
@@ -371,6 +447,119 @@ def test_folder_that_is_not_empty_is_left_alone(tmp_path):
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine"]
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff" * 100, "half"], ids=["empty", "huge header", "half"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_damaged_file_is_refused_by_name(suffix, content, tmp_path):
+    file, weights = tmp_path / f"model{suffix}", {"weight": torch.zeros(100)}
+    (save_file if suffix == ".safetensors" else torch.save)(weights, file)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if content == "half" else content)
+    with pytest.raises(ValueError, match=rf"\Asource: {re.escape(str(file))}[^\n]*\.\Z"):
+        convert(ConvertConfig(str(file), str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("length", range(0, 600, 23))
+def test_pickle_of_before_torch_1_6_that_is_cut_short_is_refused(length, tmp_path):
+    file = tmp_path / "model.pt"
+    torch.save({"weight": torch.zeros(9), "step": 3}, file, _use_new_zipfile_serialization=False)
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(ValueError, match=r"\Asource[^\n]*\.\Z"):
+        convert(ConvertConfig(str(file), str(tmp_path / "out")))
+
+
+class Evil:
+    """Pickled, it makes a file when it is loaded."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("where", ["file", "folder", "folder, at its root"])
+def test_pickle_that_would_run_code_is_refused_and_does_not(where, tmp_path):
+    mark, source = tmp_path / "executed", tmp_path / "model.pt"
+    if where == "file":
+        torch.save({"weight": Evil(mark)}, source)
+    else:
+        source = tmp_path / "stock"
+        google(source, pickled=True, at_root="root" in where)
+        torch.save({"weight": Evil(mark)}, next(source.rglob("*.bin")))
+    with pytest.raises(ValueError, match="whose code could do anything"):
+        convert(ConvertConfig(str(source), str(tmp_path / "out")))
+    assert not mark.exists() and not (tmp_path / "out").exists()
+
+
+def test_folder_that_would_run_code_is_refused_and_does_not(tmp_path):
+    mark, folder = tmp_path / "executed", tmp_path / "stock"
+    google(folder, pickled=False, at_root=False)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "DiffusionPipeline"]}))
+    (folder / "scheduler" / "model_index.json").write_text(json.dumps({"_class_name": ["evil", "Pipeline"]}))
+    code = f"import diffusers\nopen({str(mark)!r}, 'w')\nclass Pipeline(diffusers.DiffusionPipeline): ...\n"
+    (folder / "scheduler" / "evil.py").write_text(code)
+    with pytest.raises(ValueError, match="scheduler DiffusionPipeline of diffusers"):
+        convert(ConvertConfig(str(folder), str(tmp_path / "out")))
+    assert not mark.exists() and not (tmp_path / "out").exists()
+
+
+def test_run_folder_is_told_from_its_pipeline(tmp_path):
+    google(tmp_path / "run" / "pipeline", pickled=False, at_root=False)
+    with pytest.raises(ValueError, match=rf"holds {re.escape(str(tmp_path / 'run' / 'pipeline'))}; give one of these"):
+        convert(ConvertConfig(str(tmp_path / "run"), str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(value, current, tmp_path):
+    _, checkpoint = checkpoint_of(current, CURRENT, {}, {})
+    checkpoint["model"]["model.final_conv.bias"][1] = value
+    message = refusal(tmp_path, checkpoint, weights="raw")
+    assert "'conv_out.bias'" in message and "NaN or infinite" in message
+    assert converted(tmp_path, checkpoint, weights="ema")
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        {"model": [1, 2]},
+        {"ema": torch.zeros(3)},
+        {"ema": {1: torch.zeros(1)}},
+        {"version": 2.3},
+        {"version": None, "ema": None},
+    ],
+    ids=str,
+)
+def test_what_lies_beside_the_weights_does_not_end_in_a_traceback(junk, current, tmp_path):
+    _, checkpoint = checkpoint_of(current, CURRENT, {}, {})
+    try:
+        assert converted(tmp_path, checkpoint | junk)
+    except ValueError as error:
+        assert str(error).endswith(".")
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("betas", torch.tensor(0.1)),
+        ("betas", torch.full((STEPS,), math.nan)),
+        ("betas", torch.full((STEPS,), 2.0)),
+        ("betas", torch.zeros(0)),
+        ("loss_weight", torch.zeros(3)),
+        ("loss_weight", torch.full((STEPS,), math.nan)),
+        ("model.init_conv.weight", torch.zeros(3)),
+        ("model.time_mlp.1.weight", torch.tensor(1.0)),
+        ("model.downs.0.3.1.weight", torch.zeros(3)),
+        ("model.downs.0.2.mem_kv", torch.zeros(3)),
+        ("model.downs.0.2.to_out.0.weight", torch.zeros(3)),
+        ("model.final_conv.weight", torch.zeros(())),
+    ],
+    ids=str,
+)
+def test_weight_of_an_impossible_shape_or_value_is_one_sentence(name, value, current, tmp_path):
+    _, checkpoint = checkpoint_of(current, CURRENT, {}, {})
+    refusal(tmp_path, {**checkpoint["model"], name: value})
+
+
 @pytest.mark.parametrize(
     "options, name",
     [
@@ -403,6 +592,27 @@ def test_objective_of_learned_variance_is_the_noise(current, tmp_path):
     assert "pred_noise" in refusal(tmp_path, checkpoint, objective="pred_v")
 
 
+@pytest.mark.parametrize("objective", ["pred_noise", "pred_x0", "pred_v"])
+@pytest.mark.parametrize("min_snr", [False, True])
+def test_objective_other_than_that_of_the_loss_weights_is_refused(min_snr, objective, current, tmp_path):
+    options = {"objective": objective, "min_snr_loss_weight": min_snr}
+    _, checkpoint = checkpoint_of(current, CURRENT, {}, options)
+    for other in {"pred_noise", "pred_x0", "pred_v"} - {objective}:
+        message = refusal(tmp_path, checkpoint, objective=other)
+        assert f"objective={other!r} is not that of the checkpoint, which is {objective}" in message
+    assert converted(tmp_path, checkpoint, objective=objective)
+
+
+def test_images_that_were_not_brought_to_our_range_are_refused(current, tmp_path):
+    _, checkpoint = checkpoint_of(current, CURRENT, {}, {"auto_normalize": False})
+    assert "auto_normalize=False" in refusal(tmp_path, checkpoint, auto_normalize=False)
+
+
+def test_theta_of_fourier_features_is_refused(current, tmp_path):
+    _, checkpoint = checkpoint_of(current, CURRENT, {"learned_sinusoidal_cond": True}, {})
+    assert "sinusoidal_pos_emb_theta=50" in refusal(tmp_path, checkpoint, sinusoidal_pos_emb_theta=50)
+
+
 def test_version_is_needed_before_1_8(old, tmp_path):
     _, checkpoint = checkpoint_of(old, "1.5.8", {}, {})
     assert "version" in refusal(tmp_path, without(checkpoint, "version"))
@@ -415,7 +625,6 @@ def test_version_is_needed_before_1_8(old, tmp_path):
     "name, what",
     [
         ("model.classes_emb.weight", "classes"),
-        ("model.time_mlp.0.weights", "Fourier"),
         ("model.downs.0.2.norm.b", "LayerNorm"),
         ("model.downs.0.0.surprise.weight", "surprise"),
     ],

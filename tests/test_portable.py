@@ -5,11 +5,13 @@ The Hub is a server on this machine, its client the real one, and every loader a
 
 import ast
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +21,8 @@ import numpy as np
 import pytest
 import torch
 from hub_server import HubServer
+from pypi import unpacked
+from safetensors.torch import load_file, save_file
 
 from ddpm_pipe import (
     DDIMScheduler,
@@ -30,12 +34,14 @@ from ddpm_pipe import (
     prediction,
     schedulers,
 )
+from ddpm_pipe.editing import InpaintPipeline
 from ddpm_pipe.portable import CODE, bundle
 
 pytestmark = pytest.mark.xdist_group("hub")  # one worker: the processes are started once
 
 HERE = Path(__file__).parent
 SMALL = {"sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 NETWORK, SAMPLER, PIPELINE = (f"unet/{CODE['unet']}.py", f"scheduler/{CODE['scheduler']}.py", f"{CODE['pipeline']}.py")
 
 
@@ -362,6 +368,15 @@ def folder_with(tmp_path: Path, **changes) -> Path:
     return tmp_path
 
 
+def sentence(folder: Path, pipeline_class=DDPMPipeline, **options) -> str:
+    """The one sentence in which loading a folder ends."""
+    with pytest.raises(ValueError) as error:
+        pipeline_class.from_pretrained(folder, **options)
+    message = str(error.value)
+    assert "\n" not in message and message.endswith(".")
+    return message
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -369,31 +384,310 @@ def folder_with(tmp_path: Path, **changes) -> Path:
         ({"unet": ["diffusers", "UNet2DConditionModel"]}, r"unet, which is a DDPMUNet2DModel or UNet2DModel"),
         ({"unet": ["evil", "Net"]}, r"unet, which is a DDPMUNet2DModel or UNet2DModel"),
         ({"scheduler": ["evil", "Sampler"]}, r"scheduler Sampler of evil"),
+        ({"scheduler": ["evil", "DDPMScheduler"]}, r"scheduler DDPMScheduler of evil"),
+        ({"scheduler": ["diffusers", "NoSuchScheduler"]}, r"scheduler NoSuchScheduler of diffusers"),
+        ({"scheduler": ["diffusers", "SchedulerMixin"]}, r"scheduler SchedulerMixin of diffusers"),
+        ({"scheduler": "DDPMScheduler"}, r"library and the class of its scheduler, not 'DDPMScheduler'"),
+        ({"scheduler": [None, None]}, r"library and the class of its scheduler"),
+        ({"unet": ["diffusers", ["UNet2DModel"]]}, r"library and the class of its unet"),
+        ({"unet": {}}, r"library and the class of its unet"),
+        ({"_class_name": ["evil", "Pipeline"]}, r"_class_name \['evil', 'Pipeline'\]"),
+        ({"_class_name": 3}, r"_class_name 3"),
     ],
+    ids=str,
 )
 def test_pipelines_of_other_parts_are_refused(tmp_path, changes, told):
-    with pytest.raises(ValueError, match=told):
-        DDPMPipeline.from_pretrained(folder_with(tmp_path, **changes))
+    assert re.search(told, sentence(folder_with(tmp_path, **changes)))
+
+
+def evil(tmp_path: Path, file: str) -> Path:
+    """A code file of a folder under `tmp_path` that would leave a mark; the mark."""
+    mark = tmp_path / "executed"
+    (tmp_path / "folder" / file).write_text(f"""
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin, SchedulerMixin
+open({str(mark)!r}, "w").close()
+class Pipeline(DiffusionPipeline): ...
+class Sampler(SchedulerMixin, ConfigMixin): ...
+class DDPMUNet2DModel(ModelMixin, ConfigMixin): ...
+""")
+    return mark
+
+
+# what model_index.json says, and a JSON file beside a code file that a loader of diffusers would run for it
+MALICIOUS = {
+    "a pipeline in the place of the scheduler": (
+        {"scheduler": ["diffusers", "DiffusionPipeline"]},
+        ("scheduler/model_index.json", {"_class_name": ["evil", "Pipeline"]}),
+        "scheduler/evil.py",
+    ),
+    "a pipeline in the place of the unet": (
+        {"unet": ["diffusers", "DiffusionPipeline"]},
+        ("unet/model_index.json", {"_class_name": ["evil", "Pipeline"]}),
+        "unet/evil.py",
+    ),
+    "a model of any class in the place of the scheduler": (
+        {"scheduler": ["diffusers", "AutoModel"]},
+        ("scheduler/config.json", {"_class_name": "X", "auto_map": {"AutoModel": "evil.DDPMUNet2DModel"}}),
+        "scheduler/evil.py",
+    ),
+    "a scheduler of its own": ({"scheduler": ["evil", "Sampler"]}, None, "scheduler/evil.py"),
+    "a scheduler of a known name": ({"scheduler": ["evil", "DDPMScheduler"]}, None, "scheduler/evil.py"),
+    "a network of a known name": ({"unet": ["evil", "DDPMUNet2DModel"]}, None, "unet/evil.py"),
+    "a pipeline of its own": ({"_class_name": ["evil", "Pipeline"]}, None, "evil.py"),
+    "a class name that is a list in the network's config": (
+        {},
+        ("unet/config.json", {"_class_name": ["evil", "DDPMUNet2DModel"]}),
+        "unet/evil.py",
+    ),
+    "a class name that is a list in the scheduler's config": (
+        {},
+        ("scheduler/scheduler_config.json", {"_class_name": ["evil", "Sampler"]}),
+        "scheduler/evil.py",
+    ),
+}
+
+
+@pytest.mark.parametrize("pipeline_class", [DDPMPipeline, InpaintPipeline])
+@pytest.mark.parametrize("trick", MALICIOUS)
+def test_folder_that_would_run_code_is_refused_and_does_not(tmp_path, trick, pipeline_class):
+    changes, config, code = MALICIOUS[trick]
+    folder = folder_with(tmp_path / "folder", **changes)
+    if config is not None:
+        (folder / config[0]).write_text(json.dumps(config[1]))
+    mark = evil(tmp_path, code)
+    sentence(folder, pipeline_class, trust_remote_code=True)
+    assert not mark.exists()
 
 
 def test_code_in_a_folder_is_not_executed(tmp_path):
-    folder = folder_with(tmp_path, _class_name=["ddpm_pipeline", "PixelDiffusionPipeline"])
-    for file in ("ddpm_pipeline.py", "pipeline.py", "unet/ddpm_unet.py"):
-        (folder / file).write_text("raise RuntimeError('executed')\n")
+    folder = folder_with(tmp_path / "folder", _class_name=["ddpm_pipeline", "PixelDiffusionPipeline"])
+    for file in ("ddpm_pipeline.py", "pipeline.py", "unet/ddpm_unet.py", "unet/ddpm_pipe.unet.py"):
+        mark = evil(tmp_path, file)
     loaded = DDPMPipeline.from_pretrained(folder, trust_remote_code=True)
     assert type(loaded) is DDPMPipeline and type(loaded.unet) is DDPMUNet2DModel
-    (folder / "unet" / "ddpm_pipe.unet.py").write_text("raise RuntimeError('executed')\n")
-    with pytest.raises(ValueError, match="custom code"):
-        DDPMPipeline.from_pretrained(folder, trust_remote_code=True)
+    assert not mark.exists()
+
+
+def test_lowest_version_of_diffusers_that_is_allowed_runs_no_code_either(repo, request):
+    requirements = tomllib.loads((repo / "pyproject.toml").read_text())["project"]["dependencies"]
+    (lowest,) = (entry.removeprefix("diffusers>=") for entry in requirements if entry.startswith("diffusers>="))
+    folder = unpacked("diffusers", lowest, request.config.cache.mkdir("packages"))
+    code = f"""
+import sys, diffusers, pytest
+assert diffusers.__version__ == "{lowest}", diffusers.__version__
+sys.exit(pytest.main(["-n0", "-p", "no:cacheprovider", {__file__!r}, "-k", "(refused or executed) and not trust"]))
+"""
+    environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{repo}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout
+
+
+# ---------------------------------------------------------------- damaged and other files
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "\xff", "[" * 100_000], ids=lambda text: text[:3])
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+def test_file_that_holds_no_json_object_is_refused_by_name(tmp_path, file, text):
+    folder = folder_with(tmp_path)
+    (folder / file).write_bytes(text.encode("latin-1"))
+    assert str(folder / file) in sentence(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("unet/config.json", {"block_out_channels": "wide"}),
+        ("unet/config.json", {"block_out_channels": None}),
+        ("unet/config.json", {"layers_per_block": -1}),
+        ("unet/config.json", {"num_mem_kv": {}}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": "many"}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": -1}),
+        ("scheduler/scheduler_config.json", {"trained_betas": ["x"]}),
+        ("scheduler/scheduler_config.json", {"variance_type": 3}),
+    ],
+    ids=str,
+)
+def test_config_that_makes_nothing_is_refused_by_name(tmp_path, file, changes):
+    folder = folder_with(tmp_path)
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(config | changes))
+    assert str(folder / file) in sentence(folder)
+
+
+@pytest.mark.parametrize("missing", ["unet/config.json", "scheduler/scheduler_config.json"])
+def test_config_that_is_missing_is_refused_by_name(tmp_path, missing):
+    folder = folder_with(tmp_path)
+    (folder / missing).unlink()
+    assert str(folder / missing) in sentence(folder)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff" * 100, b"version https://git-lfs.github.com/spec/v1\n", "half"], ids=lambda c: str(c[:4])
+)
+def test_weights_that_are_damaged_are_refused_by_name(tmp_path, content):
+    file = folder_with(tmp_path) / WEIGHTS
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if content == "half" else content)
+    assert f"{file} is no safetensors file" in sentence(tmp_path)
+
+
+def change(folder: Path, **tensors) -> None:
+    """Change the saved weights of a folder; None takes one away."""
+    weights = load_file(folder / WEIGHTS) | tensors
+    save_file({name: tensor for name, tensor in weights.items() if tensor is not None}, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "told"),
+    [
+        ({"conv_in.bias": None, "conv_out.bias": None}, "lacks the weights 'conv_in.bias', 'conv_out.bias' of"),
+        ({"surprise": torch.zeros(1)}, "a part that DDPMUNet2DModel cannot express, 'surprise'"),
+        ({"conv_in.bias": torch.zeros(3)}, r"'conv_in.bias' of .* is \(3,\) where"),
+        ({"conv_in.bias": torch.tensor([0.0] * 7 + [math.nan])}, "'conv_in.bias' of .* NaN or infinite"),
+        ({"conv_in.bias": torch.tensor([0.0] * 7 + [-math.inf])}, "'conv_in.bias' of .* NaN or infinite"),
+        ({"conv_in.bias": torch.zeros(8, dtype=torch.int8)}, "'conv_in.bias' of .* torch.int8"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value,
+)
+def test_weights_that_do_not_fit_the_network_are_refused_by_name(tmp_path, tensors, told):
+    folder = folder_with(tmp_path)
+    change(folder, **tensors)
+    assert re.search(told, sentence(folder))
+
+
+def test_weights_too_large_for_the_precision_are_refused(tmp_path):
+    folder = folder_with(tmp_path)
+    change(folder, **{"conv_in.bias": torch.full((8,), 1e5)})
+    assert DDPMPipeline.from_pretrained(folder).unet.dtype is torch.float32
+    assert "torch.float16" in sentence(folder, torch_dtype=torch.float16)
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["pipeline", "network alone"])
+def test_missing_weights_are_never_drawn_at_random(tmp_path, alone):
+    folder = folder_with(tmp_path)
+    change(folder, **{"conv_in.bias": None})
+    with pytest.raises(ValueError, match=r"lacks the weights.*conv_in\.bias"):
+        DDPMUNet2DModel.from_pretrained(folder / "unet") if alone else DDPMPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_shards_are_put_together(tmp_path, variant):
+    expected = make("our network")
+    expected.save_pretrained(tmp_path, variant=variant, max_shard_size="20KB")
+    assert len(list((tmp_path / "unet").glob("*.safetensors"))) > 1
+    loaded = DDPMPipeline.from_pretrained(tmp_path, variant=variant)
+    for mine, theirs in zip(loaded.unet.parameters(), expected.unet.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    "place", ["../outside.safetensors", "{folder}/outside.safetensors", "none.safetensors", 3, None]
+)
+def test_shards_outside_the_folder_are_refused(tmp_path, place):
+    make("our network").save_pretrained(tmp_path, max_shard_size="20KB")
+    index = tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    outside = place.format(folder=tmp_path) if isinstance(place, str) else place
+    name = next(iter(content["weight_map"]))
+    (tmp_path / "unet" / content["weight_map"][name]).rename(tmp_path / "outside.safetensors")
+    shards = content["weight_map"].items()
+    content["weight_map"] = {key: outside if shard == content["weight_map"][name] else shard for key, shard in shards}
+    index.write_text(json.dumps(content))
+    assert f"{index} names {outside!r}" in sentence(tmp_path)
+
+
+@pytest.mark.parametrize("content", [{}, {"weight_map": []}, {"weight_map": {}}], ids=str)
+def test_index_without_shards_is_refused(tmp_path, content):
+    folder = folder_with(tmp_path)
+    index = folder / f"{WEIGHTS}.index.json"
+    index.write_text(json.dumps(content))
+    assert str(index) in sentence(folder)
+
+
+def test_links_are_followed_as_the_cache_of_the_hub_has_them(tmp_path):
+    folder = folder_with(tmp_path / "folder")
+    (folder / WEIGHTS).rename(tmp_path / "blob")
+    (folder / WEIGHTS).symlink_to(tmp_path / "blob")
+    assert type(DDPMPipeline.from_pretrained(folder)) is DDPMPipeline
+
+
+# ---------------------------------------------------------------- folders that hold no such weights
 
 
 def test_pickled_weights_are_refused_with_the_way_out(tmp_path):
     folder = folder_with(tmp_path)
     weights = make("our network").unet.state_dict()
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    (folder / WEIGHTS).unlink()
     torch.save(weights, folder / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"no unet/diffusion_pytorch_model.safetensors.*examples/convert.py"):
-        DDPMPipeline.from_pretrained(folder)
+    assert re.search(r"no unet/diffusion_pytorch_model.safetensors.*examples/convert.py", sentence(folder))
+
+
+def test_pickles_are_not_written(tmp_path):
+    with pytest.raises(ValueError, match="safe_serialization"):
+        make("our network").save_pretrained(tmp_path / "folder", safe_serialization=False)
+    assert not (tmp_path / "folder").exists()
+
+
+def test_weights_that_are_missing_are_not_called_pickled(tmp_path):
+    folder = folder_with(tmp_path)
+    (folder / WEIGHTS).unlink()
+    told = sentence(folder)
+    assert "has no weights: unet/diffusion_pytorch_model.safetensors is missing" in told and "pickle" not in told
+
+
+def test_variant_that_is_missing_is_told_with_those_there(tmp_path):
+    make("our network").save_pretrained(tmp_path, variant="half")
+    make("our network").save_pretrained(tmp_path, variant="quarter", max_shard_size="20KB")
+    told = sentence(tmp_path, variant="fp16")
+    assert "no weights of variant='fp16', only those of variant='half' and of variant='quarter'" in told
+    assert "no weights without variant, only those of variant='half'" in sentence(tmp_path)
+
+
+def test_folder_around_or_inside_a_pipeline_names_it(tmp_path):
+    folder_with(tmp_path / "run" / "pipeline")
+    folder_with(tmp_path / "run" / "ema-0.05")
+    run, pipeline = tmp_path / "run", tmp_path / "run" / "pipeline"
+    assert sentence(run).endswith(f"holds {run / 'ema-0.05'}, {pipeline}; give one of these.")
+    assert f"a part of the pipeline {pipeline};" in sentence(pipeline / "unet")
+    (tmp_path / "empty").mkdir()
+    assert "holds no pipeline: model_index.json is missing" in sentence(tmp_path / "empty")
+
+
+def test_folder_of_any_name_loads(tmp_path):
+    folder = folder_with(tmp_path / "dir [a]*b {c}?")
+    assert type(DDPMPipeline.from_pretrained(folder)) is DDPMPipeline
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"low_memory": True}, "the keyword='low_memory' is unknown; use one of revision"),
+        ({"device_map": "nowhere"}, "device_map='nowhere'"),
+        ({"torch_dtype": "float16"}, "torch_dtype='float16'"),
+    ],
+)
+def test_keyword_that_cannot_be_honoured_is_refused(tmp_path, options, told):
+    assert told in sentence(folder_with(tmp_path), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({"torch_dtype": torch.bfloat16}, torch.bfloat16),
+        ({"dtype": torch.bfloat16}, torch.bfloat16),
+        ({"torch_dtype": {"unet": torch.bfloat16}}, torch.bfloat16),
+        ({"torch_dtype": {"default": torch.bfloat16}}, torch.bfloat16),
+        ({"device_map": "balanced"}, torch.float32),
+    ],
+    ids=str,
+)
+def test_precision_is_that_asked_for(tmp_path, options, dtype):
+    assert DDPMPipeline.from_pretrained(folder_with(tmp_path), **options).unet.dtype is dtype
+
+
+def test_folder_does_not_tell_where_it_was_loaded_from(tmp_path):
+    folder = folder_with(tmp_path / "folder")
+    DDPMPipeline.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    assert not [file for file in (tmp_path / "again").rglob("*.json") if str(tmp_path) in file.read_text()]
 
 
 def test_folders_of_before_load_still(tmp_path):

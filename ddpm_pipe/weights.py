@@ -1,0 +1,190 @@
+"""Networks from files: the weights are read as plain tensors and put into the network that they fit.
+
+No code of a file runs: JSON and safetensors hold none, and of pickles only tensors and plain values are read.
+"""
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import ModelMixin, UNet2DModel
+from safetensors.torch import load_file
+from torch import Tensor
+
+STEM = "diffusion_pytorch_model"
+"""How diffusers names the files of a network's weights."""
+
+LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""Names in UNet2DModels that were saved in 2022, google/ddpm-* among them -> their names since."""
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: where the file is missing or holds no JSON object, naming it.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{file} is missing.") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} must hold a JSON object, not {type(value).__name__}.")
+    return value
+
+
+def read_tensors(file: Path) -> Any:
+    """What a safetensors file or a pickle holds: tensors on the CPU, numbers, strings and containers.
+
+    Raises:
+        ValueError: for a file that is damaged, or a pickle that holds anything else, naming the file.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged file makes its reader raise
+        if file.suffix == ".safetensors":
+            raise ValueError(f"{file} is no safetensors file, or is damaged ({error}).") from error
+        raise ValueError(
+            f"{file} is not read: torch.load(weights_only=True) refuses a file that is damaged or holds more than "
+            "tensors and plain values, whose code could do anything."
+        ) from error
+
+
+def from_config(cls: type, file: Path) -> Any:
+    """A network whose weights are on the meta device, or a scheduler, of the config in a JSON file.
+
+    Raises:
+        ValueError: for a file that is none, or values that the class does not take, naming the file.
+    """
+    config = read_json(file)
+    if not isinstance(config.get("_class_name", ""), str):
+        raise ValueError(f"{file} has the _class_name {config['_class_name']!r}, which is no name.")
+    try:
+        with init_empty_weights():
+            return cls.from_config(config)  # type: ignore[attr-defined]
+    except Exception as error:  # whatever values of the wrong kind make the class raise
+        reason = " ".join(str(error).split()).removesuffix(".")
+        raise ValueError(f"{file} makes no {cls.__name__}: {reason}.") from error
+
+
+def weight_files(folder: Path, variant: str | None = None, suffix: str = "safetensors") -> list[Path]:
+    """The files that a network was saved in: one, or the shards that an index names; none where it is not there.
+
+    Raises:
+        ValueError: for an index that names anything but files beside it, or is none.
+    """
+    dotted = f".{variant}" if variant else ""
+    index, whole = folder / f"{STEM}.{suffix}.index{dotted}.json", folder / f"{STEM}{dotted}.{suffix}"
+    if not index.is_file():
+        return [whole] if whole.is_file() else []
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(f"{index} has no weight_map of weights and their files.")
+    beside = {path.name for path in folder.iterdir()}
+    for name in shards.values():
+        if not isinstance(name, str) or name not in beside or not name.endswith(f".{suffix}"):
+            raise ValueError(f"{index} names {name!r}, which is no {suffix} file beside it.")
+    return [folder / name for name in sorted(set(shards.values()))]
+
+
+def why_none(source: str, names: Collection[str], variant: str | None) -> str:
+    """A sentence on what is in the way, where `weight_files` found none among the files of these names in a folder."""
+    saved = rf"{STEM}(?:\.([^.]+))?\.safetensors|{STEM}\.safetensors\.index(?:\.([^.]+))?\.json"
+    there = {match[1] or match[2] or "" for name in names if (match := re.fullmatch(saved, name))}
+    if there:
+        wanted, *others = (f"of variant={name!r}" if name else "without variant" for name in (variant, *sorted(there)))
+        return f"{source} has no weights {wanted}, only those {' and '.join(others)}."
+    folder, _, part = source.rpartition("/")
+    if any(name.endswith(PICKLES) for name in names):
+        return (
+            f"{folder} has no {part}/{STEM}.safetensors but pickled weights, which can run code and are not loaded: "
+            "examples/convert.py makes safetensors of them."
+        )
+    return f"{folder} has no weights: {part}/{STEM}.safetensors is missing."
+
+
+def _listed(names: Collection[str]) -> str:
+    """Names for a sentence, of many the first."""
+    shown = ", ".join(map(repr, sorted(names)[:5]))
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+
+
+def fill(
+    network: ModelMixin, weights: Mapping[str, Tensor], source: str, dtype: torch.dtype = torch.float32
+) -> ModelMixin:
+    """`network` with copies of `weights`, in eval mode.
+
+    Args:
+        network: whose own weights may be on the meta device.
+        weights: name -> tensor.
+        source: what the weights are called in a sentence.
+        dtype: to which they are brought.
+
+    Raises:
+        ValueError: for weights that are missing, left over, of another shape or not finite, naming them.
+    """
+    expected = network.state_dict()
+    missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+    if missing:
+        raise ValueError(f"{source} lacks the weights {_listed(missing)} of {type(network).__name__}.")
+    if unexpected:
+        raise ValueError(f"{source} has a part that {type(network).__name__} cannot express, {_listed(unexpected)}.")
+    copies = {}
+    for name, tensor in weights.items():
+        if tensor.shape != expected[name].shape:
+            shapes = f"{tuple(tensor.shape)} where the network can only express {tuple(expected[name].shape)}"
+            raise ValueError(f"the weight {name!r} of {source} is {shapes}.")
+        if not tensor.is_floating_point():
+            raise ValueError(f"the weight {name!r} of {source} has {tensor.dtype}, which is no floating-point number.")
+        copies[name] = tensor.to(dtype, copy=True)
+        if not torch.stack(copies[name].aminmax()).isfinite().all():
+            raise ValueError(f"the weight {name!r} of {source} has NaN or infinite entries in {dtype}.")
+    network.load_state_dict(copies, assign=True)
+    return network.eval()
+
+
+def load_network(
+    cls: type[ModelMixin],
+    folder: Path,
+    variant: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    suffix: str = "safetensors",
+) -> ModelMixin:
+    """A network from its folder, on the CPU and in eval mode.
+
+    Args:
+        cls: of the network.
+        folder: of config.json and the weights.
+        variant: which of several saved sets of weights, as "fp16".
+        dtype: to which the weights are brought.
+        suffix: of the files of weights, "safetensors" or "bin".
+
+    Raises:
+        ValueError: for files that are missing or damaged, or weights that are not those of the network, naming them.
+    """
+    network = from_config(cls, folder / cls.config_name)
+    files = weight_files(folder, variant, suffix)
+    if not files:
+        raise ValueError(why_none(str(folder), [path.name for path in folder.iterdir()], variant))
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        loaded = read_tensors(file)
+        if not (isinstance(loaded, dict) and all(isinstance(entry, Tensor) for entry in loaded.values())):
+            raise ValueError(f"{file} holds no weights by name.")
+        weights |= loaded
+    if cls is UNet2DModel:
+        legacy = re.compile(rf"(\.attentions\.\d+\.)({'|'.join(LEGACY_ATTENTION)})(?=\.)")
+        weights = {legacy.sub(lambda m: m[1] + LEGACY_ATTENTION[m[2]], name): weights[name] for name in weights}
+    return fill(network, weights, str(folder), dtype)
