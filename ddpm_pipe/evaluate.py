@@ -45,7 +45,10 @@ class EvaluateConfig(SampleConfig):
     split: str = option("test", "split of the images held out, for bits per dimension")
     output_dir: str | None = option(None, "folder of evaluation.json and pictures; by default the run of the model")
     num_images: int = option(50_000, "generated images; 0 for none")
-    features: str = option("inception", "inception, or a file of TorchScript or an exported program")
+    features: str = option(
+        "inception",
+        "inception, or a file of TorchScript or an exported program: a program that is run here, so one that you trust",
+    )
     bits_images: int = option(0, "real images whose bits per dimension are measured; 0 for none")
     bits_terms: int = option(100, "terms of the bound computed for each of them, of T - 1")
     neighbours: int = option(0, "generated images shown with their nearest training images; 0 for none")

@@ -2,21 +2,25 @@
 
 import hashlib
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec, module_from_spec
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ddpm_pipe.checkpoint import CheckpointError, replace_folder, save_tensors, sha256
+from ddpm_pipe.sampling import processes
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +82,8 @@ def load_features(features: str, device: str | torch.device = "cpu") -> FeatureN
     Args:
         features: "inception", the Inception v3 of FID (Heusel et al. 2017) with 2048 features and 1008 logits, whose
             weights torch-fidelity downloads or finds in torch.hub's folder; or a file of TorchScript or of
-            `torch.export.save` as `FeatureNetwork.module` describes. Like any program, run only those you trust.
+            `torch.export.save` as `FeatureNetwork.module` describes. Such a file is a program that is run here: give
+            only one that you trust.
         device: where it computes.
 
     Raises:
@@ -93,14 +98,26 @@ def load_features(features: str, device: str | torch.device = "cpu") -> FeatureN
     return FeatureNetwork(_read_module(path).to(device), f"{path.name} (sha256 {digest[:12]})", digest, device)
 
 
+def prepare_torch_fidelity() -> None:
+    """Make the modules of torch-fidelity importable where torchvision is not, which its package imports for networks
+    that are not used here. Without torch-fidelity nothing happens."""
+    try:
+        import torch_fidelity  # noqa: F401
+    except (ImportError, RuntimeError):  # RuntimeError: a torchvision made for another torch
+        spec = find_spec("torch_fidelity")
+        if spec is not None:
+            sys.modules["torch_fidelity"] = module_from_spec(spec)  # the package without what its __init__ runs
+
+
 def _load_inception(device: str | torch.device) -> FeatureNetwork:
+    prepare_torch_fidelity()
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         from torch_fidelity.version import __version__
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision made for another torch
+    except ImportError as error:
         raise ValueError(
-            f"features='inception' needs torch-fidelity, which cannot be imported ({error}): install ddpm_pipe[eval] "
-            f"or {INSTEAD}."
+            f"features='inception' needs torch-fidelity, which cannot be imported ({error}): install it with "
+            f"pip install --no-deps torch-fidelity, or {INSTEAD}."
         ) from error
     try:
         module = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
@@ -126,11 +143,6 @@ def _read_module(path: Path) -> torch.nn.Module:
 # ---------------------------------------------------------------- many images
 
 
-def _processes() -> PartialState:
-    # said outright, as in training: without it each of several processes on CPUs takes itself for the only one
-    return PartialState(cpu=not torch.accelerator.is_available())
-
-
 def extract(
     network: FeatureNetwork, images: Images, count: int, batch_size: int = BATCH_SIZE
 ) -> tuple[Tensor, Tensor | None]:
@@ -153,7 +165,7 @@ def extract(
     """
     if count < 1:
         raise ValueError(f"count={count} must be at least 1 image.")
-    state, parts = _processes(), []
+    state, parts = processes(), []
     for start in range(0, count, batch_size)[state.process_index :: state.num_processes]:
         parts.append((start, *network(images(range(start, min(start + batch_size, count))))))
     _, features, logits = zip(*sorted(gather_object(parts), key=itemgetter(0)), strict=True)
@@ -173,18 +185,33 @@ def reference_features(
     Raises:
         ValueError: as `extract`.
     """
-    state = _processes()
-    found: list[Tensor | None] = [None]
-    if state.is_main_process:  # it alone decides: the others cannot wait for those that found a file
-        folder = Path(cache_dir) / _hash(network, images, count, batch_size)
-        found = [_read(folder / FILE)]
-    broadcast_object_list(found)
-    if found[0] is not None:
-        return found[0]
-    features, _ = extract(network, images, count, batch_size)
-    if state.is_main_process:
-        _write(folder, features)
+    state = processes()
+    folder = Path(cache_dir) / _hash(network, images, count, batch_size) if state.is_main_process else None
+    with nullcontext() if folder is None else _locked(folder):
+        # the main process alone decides: the others cannot wait for those that found a file
+        found = [None if folder is None else _read(folder / FILE)]
+        broadcast_object_list(found)
+        if found[0] is not None:
+            return found[0]
+        features, _ = extract(network, images, count, batch_size)
+        if folder is not None:
+            _write(folder, features)
     return features
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep an entry of the cache for this evaluation; another one of the same data waits and then reads it."""
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:  # a folder that cannot be written keeps nothing, and `_write` says so
+        logger.warning("the cache of features cannot be locked: %s", error)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _hash(network: FeatureNetwork, images: Images, count: int, batch_size: int) -> str:

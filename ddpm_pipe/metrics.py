@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddpm_pipe.features import prepare_torch_fidelity
+
 FULL_COUNT = 50_000
 """Generated images from which on a metric needs no count in its name: it depends on how many there are."""
 
@@ -22,9 +24,10 @@ BLOCK = 1000  # features that are worked on at a time
 
 
 def _torchmetrics(module: str) -> ModuleType:
+    prepare_torch_fidelity()  # torchmetrics imports it where it is installed
     try:
         return import_module(f"torchmetrics.image.{module}")
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision made for another torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: as in `prepare_torch_fidelity`
         raise ValueError(
             f"evaluation needs torchmetrics, which cannot be imported ({error}): install ddpm_pipe[eval]."
         ) from error
@@ -147,7 +150,8 @@ def evaluate_features(
         type, name, value and protocol of each.
 
     Raises:
-        ValueError: where there are too few images, features of different sizes or numbers that are not finite.
+        ValueError: where there are too few images, features of different sizes, or numbers or metrics that are not
+            finite.
     """
     _check(generated, reference, logits)
     kid, kid_error = kernel_distance(generated, reference)
@@ -162,6 +166,9 @@ def evaluate_features(
     if logits is not None:
         score, score_std = inception_score(logits)
         results.insert(2, ("inception_score", "IS", score, f"standard deviation {score_std:.2g} of {SPLITS} parts"))
+    for _, name, value, _ in results:
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}: the features of {network} are too large or too much alike for it.")
     count = "" if len(generated) >= FULL_COUNT else f"-{len(generated)}"
     images = f"{len(generated)} generated and {len(reference)} reference images"
     return [

@@ -6,13 +6,17 @@ As a program, one of the processes of a test: `torchrun tests/test_features.py N
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
+import pypi
 import pytest
 import torch
 from feature_network import torch_fidelity  # noqa: F401
 from torch import Tensor, nn
 
+from ddpm_pipe.evaluate import EvaluateConfig
 from ddpm_pipe.features import FILE, FeatureNetwork, extract, load_features, reference_features
 from ddpm_pipe.metrics import frechet_distance
 
@@ -193,6 +197,35 @@ def test_inception_is_found_in_the_folder_of_torch_hub(torch_fidelity, monkeypat
     torch.testing.assert_close(features, original(PIXELS[:3])[0])
 
 
+WITHOUT_TORCHVISION = """
+import sys
+import torch
+from ddpm_pipe.features import load_features
+from ddpm_pipe.metrics import frechet_distance
+sys.modules["torchvision"] = None  # it cannot be imported
+features = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+print(frechet_distance(features, features + 1))
+torch.hub.load_state_dict_from_url = lambda *_, **__: {}
+torch.nn.Module.load_state_dict = lambda *_: None
+print(load_features("inception").name)
+"""
+
+
+@pytest.mark.slow
+def test_inception_and_the_metrics_need_no_torchvision(tmp_path_factory, repo):
+    folder = pypi.unpacked("torch-fidelity", "0.4.0", tmp_path_factory.getbasetemp())
+    environment = os.environ | {"PYTHONPATH": f"{repo}{os.pathsep}{folder}"}
+    command = [sys.executable, "-c", WITHOUT_TORCHVISION]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    distance, name = done.stdout.splitlines()
+    assert float(distance) == pytest.approx(4, rel=1e-4) and name == "Inception v3 of torch-fidelity 0.4.0"
+
+
+def test_help_says_that_a_file_of_features_is_a_program():
+    assert "a program that is run" in EvaluateConfig.__dataclass_fields__["features"].metadata["help"]
+
+
 # ---------------------------------------------------------------- many images
 
 
@@ -286,7 +319,7 @@ def test_another_network_or_other_images_have_an_entry_of_their_own(network, cou
     reference_features(network, images, COUNT - 1, tmp_path)
     reference_features(FeatureNetwork(counted, "small", "another hash"), images, COUNT, tmp_path)
     assert counted.seen == 5 * COUNT - 1
-    assert len(list(tmp_path.iterdir())) == 5
+    assert len(list(tmp_path.glob("[!.]*"))) == 5
 
 
 @pytest.mark.parametrize("damage", ["cut", "one bit", "empty", "other content"])
@@ -313,7 +346,7 @@ def test_killed_writer_leaves_no_entry(network, counted, tmp_path, monkeypatch):
             reference_features(network, images, COUNT, tmp_path)
     assert not list(tmp_path.glob(f"[!.]*/{FILE}"))
     reference_features(network, images, COUNT, tmp_path)
-    assert counted.seen == 2 * COUNT and len(list(tmp_path.glob("*"))) == 1
+    assert counted.seen == 2 * COUNT and len(list(tmp_path.glob("[!.]*"))) == 1
 
 
 def test_full_disk_costs_the_entry_and_not_the_evaluation(network, tmp_path, monkeypatch, caplog):
@@ -322,7 +355,26 @@ def test_full_disk_costs_the_entry_and_not_the_evaluation(network, tmp_path, mon
 
     monkeypatch.setattr("ddpm_pipe.features.save_tensors", full)
     assert len(reference_features(network, images, COUNT, tmp_path)) == COUNT
-    assert "are not kept" in caplog.text and not list(tmp_path.iterdir())
+    assert "are not kept" in caplog.text and not list(tmp_path.glob("[!.]*"))
+
+
+def test_a_second_evaluation_waits_for_the_features_of_the_first(network, counted, tmp_path):
+    """Both start at once, the second while the first computes; in the end the data went through the network once."""
+    first_computes, second = threading.Event(), []
+
+    def slowly(positions: range) -> Tensor:
+        if counted.seen:
+            first_computes.set()
+            time.sleep(0.05)
+        return images(positions)
+
+    thread = threading.Thread(
+        target=lambda: first_computes.wait(60) and second.append(reference_features(network, images, COUNT, tmp_path))
+    )
+    thread.start()
+    first = reference_features(network, slowly, COUNT, tmp_path, batch_size=3)
+    thread.join(60)
+    assert torch.equal(second[0], first) and counted.seen == COUNT
 
 
 if __name__ == "__main__":

@@ -312,3 +312,9 @@ def test_a_network_trained_on_the_bundled_images_knows_good_images_from_bad(feat
     precision, recall = precision_recall(one_class, reference)
     assert precision > 0.6 and recall < 0.5 < results[0]["recall"], (precision, recall, results)
     assert PartialState().num_processes == 1
+
+
+def test_a_metric_that_is_not_a_number_is_refused():
+    features = draw(40, 4) * 1e60  # the kernel takes the sixth power
+    with pytest.raises(ValueError, match="is nan: the features of mine are too large or too much alike"):
+        evaluate_features(features, features + 1, network="mine")
