@@ -1,6 +1,7 @@
 """The model card of a run: what it is, how to use it, how it was made and how good it is."""
 
 import json
+import math
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ddpm_pipe.config import read_config_file
 from ddpm_pipe.log import read_metrics
+from ddpm_pipe.portable import CODE
 from ddpm_pipe.recipe import CONFIG, PLAN
+from ddpm_pipe.sampling import shared_name, weights_sha256
 
 EVALUATION = "evaluation.json"
 PICTURE = "samples.png"
@@ -19,39 +22,38 @@ TEMPLATES = [Path(__file__).parents[up] / "model_cards" / "TEMPLATE.md" for up i
 TASK = "unconditional-image-generation"
 PRIVATE = ("output_dir", "push_to", "push_every", "push_public", "resume", "overwrite")
 """Choices of a run that concern its machine alone."""
+CODE_FILES = [f"{name}.py" if part == "pipeline" else f"{part}/{name}.py" for part, name in CODE.items()]
+"""The code that a pipeline folder may hold."""
 
 
 def make_card(
-    run: Path,
+    run: Path | None,
     pipeline: Path,
     repo_id: str,
     license: str | None = None,
     dataset: str | None = None,
     dataset_license: str | None = None,
 ) -> ModelCard:
-    """The model card of a run, the same text every time it is made of the same run.
+    """The model card of a run or of a pipeline alone, the same text every time it is made of the same.
 
     Args:
-        run: the run folder.
-        pipeline: the folder of its pipeline that is shared.
+        run: the run folder; None for a pipeline of which no more is known.
+        pipeline: the pipeline folder that is shared.
         repo_id: where it is shared.
         license: of the weights, as the Hub names licences.
         dataset: name of the data, or its id on the Hub; None takes the id that the run was trained on.
         dataset_license: of the data.
 
     Raises:
-        ValueError: where the run lacks its config or plan.
+        ValueError: where the run lacks its config or plan, or its evaluation cannot be read.
     """
-    recipe = read_config_file(run / CONFIG)
-    plan = read_config_file(run / PLAN)
-    network = json.loads((pipeline / "unet" / "config.json").read_text())
-    entries = read_metrics(run)
-    dataset = dataset or (None if Path(recipe["data"]).exists() else recipe["data"])
-    recipe = {key: value for key, value in recipe.items() if key not in PRIVATE}
-    recipe["data"] = Path(recipe["data"]).name if Path(recipe["data"]).exists() else recipe["data"]
-    size = network["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    metrics = read_results(run, recipe, entries)
+    facts = read_pipeline(pipeline) | {"plan": {"class_names": []}}
+    metrics: list[dict[str, Any]] = []
+    if run is not None:
+        facts |= read_run(run, pipeline)
+        metrics += read_held_out_loss(run, facts["recipe"])
+        dataset = dataset or facts["dataset"]
+    metrics += read_evaluation(run, pipeline).get("metrics", [])
     card_data = ModelCardData(
         model_name=repo_id.split("/")[-1],
         license=license,
@@ -72,39 +74,97 @@ def make_card(
             for metric in metrics
         ],
     )
-    return ModelCard.from_template(
-        card_data,
-        str(next(path for path in TEMPLATES if path.exists())),
-        repo_id=repo_id,
-        picture=PICTURE,
-        height=height,
-        width=width,
-        channels=network["in_channels"],
-        class_names=plan["class_names"],
-        code_files=sorted(path.name for path in pipeline.rglob("*.py")),
-        recipe=recipe,
-        recipe_yaml=yaml.safe_dump(recipe, sort_keys=False).strip(),
-        plan=plan,
-        dataset=dataset,
-        data_license=dataset_license,
-        steps=entries[-1]["step"] if entries else 0,
-        average=describe_average(pipeline, recipe),
-        duration=str(timedelta(seconds=round(training_seconds(entries, recipe["batch_size"])))),
-        metrics=metrics,
-    )
+    template = str(next(path for path in TEMPLATES if path.exists()))
+    facts |= {"repo_id": repo_id, "dataset": dataset, "data_license": dataset_license, "metrics": metrics}
+    return ModelCard.from_template(card_data, template, **facts)
 
 
-def read_results(run: Path, recipe: dict[str, Any], entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """type, name, value and protocol of each metric: the last loss on images held out, and those of evaluation.json."""
-    results = []
-    held_out = [entry for entry in entries if "held_out_loss" in entry]
-    if held_out:
-        protocol = f"{recipe['loss']} loss of {recipe['prediction_type']}, averaged weights, {recipe['holdout']} images"
-        value = round(held_out[-1]["held_out_loss"], 5)
-        results.append({"type": "loss", "name": "held-out loss", "value": value, "protocol": protocol})
-    if (run / EVALUATION).exists():
-        results += json.loads((run / EVALUATION).read_text())["metrics"]
-    return results
+def read_pipeline(pipeline: Path) -> dict[str, Any]:
+    """What the template is told of a pipeline folder: sizes, classes, timesteps and code files."""
+    network = json.loads((pipeline / "unet" / "config.json").read_text())
+    scheduler = json.loads((pipeline / "scheduler" / "scheduler_config.json").read_text())
+    size = network["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    classes = network.get("num_class_embeds") or 0  # of which the last is the null class in a stock network
+    return {
+        "height": height,
+        "width": width,
+        "channels": network["in_channels"],
+        "num_classes": classes - (classes > 0 and network["_class_name"] == "UNet2DModel"),
+        "timesteps": scheduler["num_train_timesteps"],
+        "code_files": [name for name in CODE_FILES if (pipeline / name).exists()],
+    }
+
+
+def read_run(run: Path, pipeline: Path) -> dict[str, Any]:
+    """What the template is told of a run: its recipe, plan, picture, steps and time."""
+    recipe = read_config_file(run / CONFIG)
+    recipe = {key: value for key, value in recipe.items() if key not in PRIVATE}
+    data = recipe["data"]
+    recipe["data"] = shared_name(data)
+    entries = read_metrics(run)
+    return {
+        "picture": PICTURE if find_picture(run) else None,
+        "dataset": data if recipe["data"] == data and not Path(data).exists() else None,
+        "recipe": recipe,
+        "recipe_yaml": yaml.safe_dump(recipe, sort_keys=False).strip(),
+        "plan": read_config_file(run / PLAN),
+        "steps": entries[-1]["step"] if entries else 0,
+        "average": describe_average(pipeline, recipe),
+        "duration": str(timedelta(seconds=round(training_seconds(entries, recipe["batch_size"])))),
+    }
+
+
+def find_picture(run: Path) -> Path | None:
+    """The newest sample grid of a run, drawn by the averaged weights."""
+    grids = sorted(path for path in (run / "samples").glob("step-*.png") if not path.stem.endswith("-raw"))
+    return grids[-1] if grids else None
+
+
+# ---------------------------------------------------------------- how good it is
+
+
+def read_held_out_loss(run: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    """type, name, value and protocol of the last loss on images held out, where there were such."""
+    held_out = [entry for entry in read_metrics(run) if "held_out_loss" in entry]
+    if not held_out:
+        return []
+    protocol = f"{recipe['loss']} loss of {recipe['prediction_type']}, averaged weights, {recipe['holdout']} images"
+    value = round(held_out[-1]["held_out_loss"], 5)
+    return [{"type": "loss", "name": "held-out loss", "value": value, "protocol": protocol}]
+
+
+def read_evaluation(run: Path | None, pipeline: Path) -> dict[str, Any]:
+    """The evaluation.json of a pipeline folder, or of its run, as earlier versions wrote it.
+
+    What was measured on other weights than those of the folder is left out, and a sentence says so.
+
+    Returns:
+        The content, with only the metrics of these weights; {} where there is none.
+
+    Raises:
+        ValueError: where the file cannot be read, has another shape, or a metric is not finite.
+    """
+    folders = [pipeline] if run is None else [pipeline, run]
+    file = next((folder / EVALUATION for folder in folders if (folder / EVALUATION).exists()), None)
+    if file is None:
+        return {}
+    try:
+        result = json.loads(file.read_text())
+        metrics, measured = result["metrics"], result["sampling"]["unet_sha256"]
+        points = result.get("points", [])
+        foreign = [row for p in points if p["sampling"]["unet_sha256"] != measured for row in p["metrics"]]
+        values = [float(row["value"]) for row in metrics if row["type"] and row["name"] and row["protocol"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is not what examples/evaluate.py writes ({error!r}); evaluate again.") from error
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"{file} holds a metric that is not finite; evaluate again.")
+    if measured != weights_sha256(pipeline):
+        print(f"{file} was measured on other weights than those of {pipeline}; it is left out: evaluate again.")
+        return {}
+    if any(row in foreign for row in metrics):
+        print(f"{file} holds metrics of other weights than those of {pipeline}; they are left out.")
+    return result | {"metrics": [row for row in metrics if row not in foreign]}
 
 
 def describe_average(pipeline: Path, recipe: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ versions of what computed it.
 
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -23,13 +24,12 @@ from ddpm_pipe.config import option
 from ddpm_pipe.data import ImageData, load_images, to_unit_range
 from ddpm_pipe.features import FeatureNetwork, extract, load_features, reference_features
 from ddpm_pipe.likelihood import Bound, variational_bound
-from ddpm_pipe.memorisation import nearest, neighbour_grid
+from ddpm_pipe.memorisation import nearest, neighbour_grid, share_of_copies
 from ddpm_pipe.metrics import evaluate_features
 from ddpm_pipe.pipeline import PixelDiffusionPipeline
 from ddpm_pipe.prediction import PREDICTIONS
 from ddpm_pipe.randomness import generator
-from ddpm_pipe.recipe import CONFIG
-from ddpm_pipe.sampling import SampleConfig, pipeline_for, processes, protocol, sample_images
+from ddpm_pipe.sampling import SampleConfig, pipeline_for, processes, protocol, sample_images, shared_name
 from ddpm_pipe.schedulers import DDPMScheduler
 
 Row = dict[str, Any]
@@ -42,8 +42,10 @@ class EvaluateConfig(SampleConfig):
 
     data: str = option("", "real images: folder, parquet or arrow file, or dataset id on the Hub")
     train_split: str = option("train", "split of the training images, which samples are compared with")
-    split: str = option("test", "split of the images held out, for bits per dimension")
-    output_dir: str | None = option(None, "folder of evaluation.json and pictures; by default the run of the model")
+    split: str = option("test", "split of the images held out, for bits per dimension and neighbours")
+    output_dir: str | None = option(
+        None, "folder of evaluation.json and pictures; by default the pipeline folder measured"
+    )
     num_images: int = option(50_000, "generated images; 0 for none")
     features: str = option(
         "inception",
@@ -69,6 +71,8 @@ class EvaluateConfig(SampleConfig):
         for name in ("num_images", "bits_images", "neighbours"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0.")
+        if self.bits_images == 1:
+            raise ValueError("bits_images=1 has no standard error; it must be 0, or at least 2.")
         if self.neighbours > self.num_images:
             raise ValueError(f"neighbours={self.neighbours} must be at most num_images={self.num_images}.")
         self.points()
@@ -97,62 +101,92 @@ class EvaluateConfig(SampleConfig):
 def evaluate(config: EvaluateConfig) -> Path:
     """Measure, print a table, and write evaluation.json and the pictures.
 
+    Without `output_dir` they go into the pipeline folder that they measure, and with its weights they are replaced; in
+    a sweep over models each gets an evaluation.json of its own.
+
     Returns:
-        The path of evaluation.json.
+        The path of the evaluation.json of `config.model`.
 
     Raises:
         ValueError: for a config, model, data or feature network that cannot work, in one sentence.
     """
     state = processes()
-    folder = output_folder(config)
+    folders = output_folders(config)
     with state.main_process_first():  # it fills the caches
         pipeline = pipeline_for(config).to(state.device)
         training = real_images(config, config.train_split, pipeline)
-        held_out = training
-        if config.bits_images or config.neighbours:
-            held_out = real_images(config, config.split, pipeline)
-    result: dict[str, Any] = {
-        "data": {"name": Path(config.data).name, config.train_split: len(training)},
-        "sampling": protocol(config, pipeline),
-        "points": [],
-        "metrics": [],
-    }
+        held_out = held_out_images(config, pipeline, training)
+    shared: dict[str, Any] = {"data": {"name": shared_name(config.data), config.train_split: len(training)}}
+    points: list[dict[str, Any]] = []
     if config.num_images:
         network = load_features(config.features, state.device)
-        result["features"] = {"name": network.name, "hash": network.hash}
-        reference = reference_features(network, lambda rows: training.take(torch.tensor(rows))[0], len(training))
-        for settings in config.points():
-            changed = replace(config, sweep=[], **settings)
-            sampled = pipeline_for(changed).to(state.device) if settings else pipeline
-            point = measure_samples(changed, sampled, network, reference, state)
-            result["points"].append({"settings": settings} | point)
-        result["metrics"] += min(result["points"], key=distance)["metrics"]  # of a sweep, the best
+        shared["features"] = {"name": network.name, "hash": network.hash}
+        points = measure_points(config, pipeline, training, network, state)
     rest: list[Row] = []
     if config.bits_images:
         rest.append(measure_bits(config, pipeline, held_out, state))
     if state.is_main_process:
+        folder = folders[Path(config.model)]
         folder.mkdir(parents=True, exist_ok=True)
         if config.neighbours:
             rest.append(measure_neighbours(config, pipeline, training, held_out, folder / "neighbours.png"))
-        if config.sweep and config.num_images:
-            draw_sweep(result["points"], folder / "sweep.png")
-        result["metrics"] += rest
-        replace_text(folder / EVALUATION, json.dumps(result, indent=2) + "\n")
-        print(table([row for point in result["points"] for row in point["metrics"]] + rest))
+        if config.sweep and points:
+            draw_sweep(points, folder / "sweep.png")
+        check_finite(rest)
+        for model, folder in folders.items():
+            write_results(config, pipeline, model, folder, shared, points, rest)
+        print(table([row for point in points for row in point["metrics"]] + rest))
     state.wait_for_everyone()
-    return folder / EVALUATION
+    return folders[Path(config.model)] / EVALUATION
 
 
-def output_folder(config: EvaluateConfig) -> Path:
-    """Where results go: as told, or into the run that the model is a pipeline of, where its model card finds them.
+def output_folders(config: EvaluateConfig) -> dict[Path, Path]:
+    """Each model -> the folder of its evaluation.json: as told, or the pipeline itself, where its model card finds it.
 
     Raises:
-        ValueError: where it is not told and the model is not of a run.
+        ValueError: where it is not told and a model is not a folder here.
     """
-    run = Path(config.model).parent
-    if config.output_dir is None and not (run / CONFIG).exists():
-        raise ValueError(f"output_dir must be given: model={config.model!r} is not a pipeline of a run.")
-    return run if config.output_dir is None else Path(config.output_dir)
+    if config.output_dir is not None:
+        return {Path(config.model): Path(config.output_dir)}
+    models = [config.model, *(point["model"] for point in config.points() if "model" in point and config.num_images)]
+    for model in models:
+        if not (Path(model) / "model_index.json").exists():
+            raise ValueError(f"output_dir must be given: model={model!r} is not a pipeline folder here.")
+    return {Path(model): Path(model) for model in models}
+
+
+def write_results(
+    config: EvaluateConfig,
+    pipeline: PixelDiffusionPipeline,
+    model: Path,
+    folder: Path,
+    shared: dict[str, Any],
+    points: list[dict[str, Any]],
+    rest: list[Row],
+) -> None:
+    """Write the evaluation.json of one model: all points, but as `metrics` only its own, those of its best point.
+
+    `rest` is of `pipeline`, the model of the config, and goes nowhere else.
+    """
+    settings = zip(config.points(), points, strict=False)  # without images there are no points
+    own = [point for point_settings, point in settings if Path(point_settings.get("model", config.model)) == model]
+    best = min(own, key=distance)["metrics"] if own else []
+    is_main = model == Path(config.model)
+    result = shared | {
+        "sampling": protocol(config, pipeline) if is_main else own[0]["sampling"],
+        "points": points,
+        "metrics": best + rest * is_main,
+    }
+    replace_text(folder / EVALUATION, json.dumps(result, indent=2) + "\n")
+
+
+def check_finite(rows: list[Row]) -> None:
+    """Raise ValueError for a metric that is not finite: it would say nothing in a model card."""
+    for row in rows:
+        if not math.isfinite(row["value"]):
+            raise ValueError(
+                f"{row['name']} is {row['value']}; nothing is written. Are the weights of the model finite?"
+            )
 
 
 def real_images(config: EvaluateConfig, split: str, pipeline: PixelDiffusionPipeline) -> ImageData:
@@ -162,7 +196,53 @@ def real_images(config: EvaluateConfig, split: str, pipeline: PixelDiffusionPipe
     return load_images(config.data, split, with_labels=with_labels, resolution=size, channels=channels)
 
 
+def held_out_images(config: EvaluateConfig, pipeline: PixelDiffusionPipeline, training: ImageData) -> ImageData:
+    """The images of `config.split`, where something is measured on them; otherwise those of training stand in.
+
+    Raises:
+        ValueError: where there are fewer than asked for, or most of them are training images.
+    """
+    if not (config.bits_images or config.neighbours):
+        return training
+    held_out = real_images(config, config.split, pipeline)
+    if config.bits_images > len(held_out):
+        raise ValueError(f"bits_images={config.bits_images} is more than the {len(held_out)} images of the data.")
+    copies = share_of_copies(first_images(held_out), training)
+    if copies > 0.5:
+        raise ValueError(
+            f"bits_images and neighbours need images that were held out of training, but {copies:.0%} of those of "
+            f"split={config.split!r} are also in train_split={config.train_split!r} of data={config.data!r}; give "
+            "data that hold both splits."
+        )
+    return held_out
+
+
+def first_images(data: ImageData) -> Tensor:
+    """Up to 1,000 images, uint8 (N, C, H, W): as many as stand for a split."""
+    return data.take(torch.arange(min(len(data), 1000)))[0]
+
+
 # ---------------------------------------------------------------- samples
+
+
+def measure_points(
+    config: EvaluateConfig,
+    pipeline: PixelDiffusionPipeline,
+    training: ImageData,
+    network: FeatureNetwork,
+    state: PartialState,
+) -> list[dict[str, Any]]:
+    """Measure the samples of each setting of the sweep, or of the one of the config."""
+    reference = reference_features(network, lambda rows: training.take(torch.tensor(rows))[0], len(training))
+    points = []
+    for settings in config.points():
+        changed = replace(config, sweep=[], **settings)
+        sampled = pipeline_for(changed).to(state.device) if settings else pipeline
+        point = measure_samples(changed, sampled, network, reference, state)
+        if "model" in settings:
+            settings |= {"model": shared_name(settings["model"])}
+        points.append({"settings": settings} | point)
+    return points
 
 
 def measure_samples(
@@ -220,7 +300,7 @@ def measure_neighbours(
     images = torch.cat([drawn for _, drawn, _ in batches])
     distances, positions = nearest(images, training, min(8, len(training)))
     neighbour_grid(images, training, positions).save(file)
-    real, _ = nearest(held_out.take(torch.arange(min(len(held_out), 1000)))[0], training, 1)
+    real, _ = nearest(first_images(held_out), training, 1)
     ratio = (distances[:, 0].median() / real.median().clamp(min=1e-6)).item()
     protocol = (
         f"median distance of {len(images)} samples to their nearest of {len(training)} training images, over that of "
@@ -253,10 +333,8 @@ def measure_bits(config: EvaluateConfig, pipeline: PixelDiffusionPipeline, data:
     """The variational bound on the bits per dimension of real images, with its standard error over them, and its terms.
 
     Raises:
-        ValueError: where there are not as many images, or not as many terms.
+        ValueError: where there are not as many terms.
     """
-    if config.bits_images > len(data):
-        raise ValueError(f"bits_images={config.bits_images} is more than the {len(data)} images of the data.")
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     pipeline = PixelDiffusionPipeline(pipeline.unet, scheduler)
     parts = []

@@ -1,18 +1,24 @@
-"""Sharing a run on the Hub: its pipeline, its card, its picture and its evaluation, and nothing else."""
+"""Sharing a run or a pipeline on the Hub: the pipeline, its card, its picture and its evaluation, and nothing else."""
 
+import dataclasses
+import json
+import shlex
 import shutil
 import tempfile
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 
-from ddpm_pipe.card import EVALUATION, PICTURE, make_card
+from ddpm_pipe.card import CODE_FILES, EVALUATION, PICTURE, find_picture, make_card, read_evaluation
 from ddpm_pipe.config import Config, option
+from ddpm_pipe.portable import DDPMPipeline
 
-PIPELINE_SUFFIXES = (".json", ".safetensors", ".py")
-"""Of a pipeline folder, what is pushed; of the rest of a run, only what `stage` names."""
+CONFIGS = ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json"]
+WEIGHTS = ["unet/diffusion_pytorch_model*.safetensors", "unet/diffusion_pytorch_model*.safetensors.index*.json"]
+"""With `CODE_FILES` all that `save_pretrained` writes, and so all that is pushed of a pipeline folder."""
 
 STALE = ["unet/*", "scheduler/*", "*.py", "*.png", EVALUATION]
 """What an earlier push may have left in the repository; deleted there where it is no longer part of the push."""
@@ -53,65 +59,170 @@ def push(config: PushConfig) -> str | None:
             for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
                 print(f"{path.stat().st_size:>12,}  {path.relative_to(folder)}")
             return None
-        return upload(config, Path(folder))
+        return upload_run(config, Path(folder))
 
 
 def stage(config: PushConfig, folder: Path) -> None:
     """Copy into an empty folder what of a run is shared, and write its card there.
 
     Raises:
-        ValueError: where there is no such pipeline.
+        ValueError: where there is no such pipeline, a file is a link, or the evaluation cannot be read.
     """
     run, pipeline = Path(config.run), Path(config.run) / config.pipeline
     if not (pipeline / "model_index.json").exists():
         raise ValueError(
             f"run={config.run!r} has no pipeline in {pipeline}; give a run folder and one of its pipelines."
         )
-    for source in pipeline.rglob("*"):
-        if source.suffix in PIPELINE_SUFFIXES:
-            target = folder / source.relative_to(pipeline)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
-    grids = sorted(path for path in (run / "samples").glob("step-*.png") if not path.stem.endswith("-raw"))
-    if grids:
-        shutil.copyfile(grids[-1], folder / PICTURE)
-    if (run / EVALUATION).exists():
-        shutil.copyfile(run / EVALUATION, folder / EVALUATION)
+    stage_pipeline(pipeline, folder)
+    picture = find_picture(run)
+    if picture is not None:
+        refuse_links(picture, run)
+        shutil.copyfile(picture, folder / PICTURE)
+    for place in (pipeline, run):
+        refuse_links(place / EVALUATION, place)
+    evaluation = read_evaluation(run, pipeline)
+    if evaluation:
+        write_json(evaluation, folder / EVALUATION)
     card = make_card(run, pipeline, config.repo, config.license, config.dataset, config.dataset_license)
     card.save(folder / "README.md")
 
 
-def upload(config: PushConfig, folder: Path) -> str:
-    """Make the repository where it does not exist and commit a staged folder to it.
+def stage_pipeline(pipeline: Path, folder: Path) -> None:
+    """Copy the files that `save_pretrained` writes, and no others.
+
+    Raises:
+        ValueError: where one of them is a link, or a config cannot be read.
+    """
+    for pattern in [*CONFIGS, *WEIGHTS, *CODE_FILES]:
+        for source in sorted(pipeline.glob(pattern)):
+            refuse_links(source, pipeline)
+            target = folder / source.relative_to(pipeline)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if pattern in CONFIGS:
+                write_json(read_json(source), target)
+            else:
+                shutil.copyfile(source, target)
+
+
+def refuse_links(file: Path, top: Path) -> None:
+    """Raise ValueError where a file, or a folder between it and `top`, is a link: it may lead anywhere."""
+    for path in (file, *file.parents):
+        if path == top:
+            return
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link, and links are not pushed; put the file itself there.")
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: where it cannot be read.
+    """
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as JSON: {error}") from error
+
+
+def write_json(content: Any, file: Path) -> None:
+    """Write JSON without what concerns this machine alone: where a part was loaded from, and absolute paths."""
+
+    def shared(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: shared(entry) for key, entry in value.items() if key != "_name_or_path"}
+        if isinstance(value, list):
+            return [shared(entry) for entry in value]
+        return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
+
+    file.write_text(json.dumps(shared(content), indent=2) + "\n")
+
+
+def repeated(config: PushConfig) -> str:
+    """The command line that pushes the same again."""
+    flags = []
+    for each in dataclasses.fields(config):
+        value = getattr(config, each.name)
+        if value != each.default:
+            flags.append(f"--{each.name}" if value is True else f"--{each.name} {shlex.quote(value)}")
+    return f"python examples/push.py {' '.join(flags)}"
+
+
+def upload(
+    folder: Path,
+    repo: str,
+    message: str,
+    repeat: str,
+    public: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Make the repository where it does not exist, commit a staged folder to it and print its address.
+
+    Args:
+        folder: holds what the repository shall hold.
+        repo: as org/name.
+        message: of the commit.
+        repeat: how to push the same again, for the error.
+        public: let everyone see it.
+        revision: branch to push to; made where it does not exist.
+        token: of the Hub; None is that of the login.
+        create_pr: open a pull request instead of a commit.
 
     Raises:
         PushError: where the Hub cannot be reached or refuses.
         ValueError: where the repository is public and the push is not.
     """
-    api = HfApi()
-    repeat = f"python examples/push.py --run {config.run} --repo {config.repo}{' --public' * config.public}"
+    api = HfApi(token=token)
     try:
-        url = api.create_repo(config.repo, private=not config.public, exist_ok=True)
-        exposed = not config.public and not api.model_info(url.repo_id).private
+        url = api.create_repo(repo, private=not public, exist_ok=True)
+        exposed = not public and not api.model_info(url.repo_id).private
         if not exposed:
-            if config.revision:
-                api.create_branch(url.repo_id, branch=config.revision, exist_ok=True)
-            message = f"Push {config.pipeline} of {Path(config.run).name}"
+            if revision:
+                api.create_branch(url.repo_id, branch=revision, exist_ok=True)
             api.upload_folder(
                 repo_id=url.repo_id,
                 folder_path=folder,
-                revision=config.revision,
+                revision=revision,
                 commit_message=message,
+                create_pr=create_pr,
                 delete_patterns=STALE,
             )
     except Exception as error:  # of the HTTP library that this version of the client has, or its own
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise PushError(
-            f"the push to {config.repo} failed ({reason}); nothing was lost, repeat it with: {repeat}"
-        ) from error
+        raise PushError(f"the push to {repo} failed ({reason}); nothing was lost, repeat it with: {repeat}") from error
     if exposed:
-        raise ValueError(f"repo={config.repo!r} is public already; pass --public to push to it all the same.")
+        raise ValueError(f"repo={repo!r} is public already; pass --public to push to it all the same.")
+    print(f"pushed to {url}")
     return str(url)
+
+
+def upload_run(config: PushConfig, folder: Path) -> str:
+    """Upload what is staged of a run; raises as `upload`."""
+    message = f"Push {config.pipeline} of {Path(config.run).name}"
+    return upload(folder, config.repo, message, repeated(config), config.public, config.revision)
+
+
+def push_pipeline(pipeline: DDPMPipeline, repo: str, private: bool, variant: str | None, **options: Any) -> str:
+    """Push a pipeline that is no run's, with a card of what is known of it.
+
+    Args:
+        pipeline: what to push.
+        repo: as org/name.
+        private: hide it from others.
+        variant: of the names of the files of weights.
+        options: commit_message, token and create_pr, as `upload` takes them.
+
+    Raises:
+        PushError, ValueError: as `upload`.
+    """
+    message = options.pop("commit_message") or f"Push {type(pipeline).__name__}"
+    with tempfile.TemporaryDirectory() as saved, tempfile.TemporaryDirectory() as folder:
+        pipeline.save_pretrained(saved, variant=variant)
+        stage_pipeline(Path(saved), Path(folder))
+        make_card(None, Path(folder), repo).save(Path(folder) / "README.md")
+        return upload(Path(folder), repo, message, f"pipeline.push_to_hub({repo!r})", not private, **options)
 
 
 class Pusher:
@@ -128,11 +239,16 @@ class Pusher:
             return
         self.finish()
         folder = tempfile.TemporaryDirectory()
-        stage(self.config, Path(folder.name))
+        try:
+            stage(self.config, Path(folder.name))
+        except (ValueError, OSError) as error:
+            folder.cleanup()
+            print(f"nothing is pushed: {error}")
+            return
 
         def upload_and_delete() -> None:
             with folder:
-                upload(self.config, Path(folder.name))
+                upload_run(self.config, Path(folder.name))
 
         self.last = self.api.run_as_future(upload_and_delete)
 

@@ -39,6 +39,14 @@ def nearest(images: Tensor, data: ImageData, count: int) -> tuple[Tensor, Tensor
     return best[0] / rows.shape[1] ** 0.5, best[1]
 
 
+def share_of_copies(images: Tensor, data: ImageData) -> float:
+    """The share of images, uint8 (N, C, H, W), that are in `data` to the bit."""
+    wanted, found = [image.numpy().tobytes() for image in images], set()
+    for positions in torch.arange(len(data)).split(BLOCK):
+        found |= {image.numpy().tobytes() for image in data.take(positions)[0]}.intersection(wanted)
+    return sum(image in found for image in wanted) / len(wanted)
+
+
 def neighbour_grid(images: Tensor, data: ImageData, positions: Tensor) -> Image.Image:
     """One line per image uint8 (N, C, H, W): the image, then its neighbours at `positions` (N, count)."""
     cells = []

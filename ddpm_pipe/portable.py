@@ -183,6 +183,37 @@ class DDPMPipeline(PixelDiffusionPipeline):
             else:
                 file.unlink(missing_ok=True)  # of what was saved here before
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = True,
+        commit_message: str | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        variant: str | None = None,
+    ) -> str:
+        """Share the pipeline on the Hub, with a card of what is known of it; a run is shared by examples/push.py.
+
+        Args:
+            repo_id: as org/name; made where it does not exist.
+            private: hide it from others.
+            commit_message: of the commit.
+            token: of the Hub; None is that of the login.
+            create_pr: open a pull request instead of a commit.
+            variant: of the names of the files of weights.
+
+        Returns:
+            The address of the repository, which is printed too.
+
+        Raises:
+            ValueError: where the Hub cannot be reached or refuses, or the repository is public and `private` is set.
+        """
+        from ddpm_pipe.hub import push_pipeline  # it needs this class
+
+        options = {"commit_message": commit_message, "token": token, "create_pr": create_pr}
+        return push_pipeline(self, repo_id, private, variant, **options)
+
 
 def is_faithful(scheduler: SchedulerMixin) -> bool:
     """Whether diffusers' scheduler of the same name and config draws the same images."""

@@ -16,6 +16,7 @@ import torch
 from accelerate import PartialState
 from diffusers import ModelMixin, SchedulerMixin
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 
 from ddpm_pipe.checkpoint import sha256
@@ -213,16 +214,15 @@ def protocol(config: SampleConfig, pipeline: DDPMPipeline) -> dict[str, Any]:
 
     A schedule of betas that the scheduler's config spells out is given as its checksum.
     """
-    weights = sorted(Path(pipeline.name_or_path, "unet").glob("*.safetensors"))
     scheduler = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
     if scheduler.get("trained_betas") is not None:
         betas = np.asarray(scheduler["trained_betas"], np.float64)
         scheduler["trained_betas"] = hashlib.sha256(betas.tobytes()).hexdigest()
     cycle = label_cycle(pipeline.unet, config.class_labels)
     entries = {
-        "model": config.model,
+        "model": shared_name(config.model),  # the weights are known by their checksums
         "revision": config.revision,
-        "unet_sha256": {path.name: sha256(path) for path in weights},
+        "unet_sha256": weights_sha256(Path(pipeline.name_or_path)),
         "scheduler": {"class": type(pipeline.scheduler).__name__} | scheduler,
         "steps": config.steps or pipeline.scheduler.config.num_train_timesteps,
         "eta": config.eta,
@@ -233,6 +233,22 @@ def protocol(config: SampleConfig, pipeline: DDPMPipeline) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("ddpm_pipe", "torch", "diffusers")},
     }
     return json.loads(json.dumps(entries))
+
+
+def shared_name(place: str) -> str:
+    """What others are told of where a model or data are: the id of a repository; of a path, whether or not it is there
+    now, only the last part."""
+    try:
+        validate_repo_id(place)
+        is_id = not Path(place).exists()
+    except HFValidationError:
+        is_id = False
+    return place if is_id else Path(place).expanduser().resolve().name
+
+
+def weights_sha256(pipeline: Path) -> dict[str, str]:
+    """The checksums of the files of weights in a pipeline folder, by name: what tells one model from another."""
+    return {path.name: sha256(path) for path in sorted((pipeline / "unet").glob("*.safetensors"))}
 
 
 def _shortened(cycle: list[int]) -> str:

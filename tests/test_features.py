@@ -203,9 +203,9 @@ import torch
 from ddpm_pipe.features import load_features
 from ddpm_pipe.metrics import frechet_distance
 sys.modules["torchvision"] = None  # it cannot be imported
+torch.hub.load_state_dict_from_url = lambda *_, **__: {}
 features = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
 print(frechet_distance(features, features + 1))
-torch.hub.load_state_dict_from_url = lambda *_, **__: {}
 torch.nn.Module.load_state_dict = lambda *_: None
 print(load_features("inception").name)
 """
