@@ -355,7 +355,38 @@ DDIMScheduler(beta_schedule="cosine", timestep_spacing="trailing").push_to_hub("
 assert DDIMScheduler.from_pretrained("org/sampler").config.timestep_spacing == "trailing"
 """
     run(code, push_environment)
-    assert "diffusion_pytorch_model.safetensors" in hub.files("org/network")
+    assert {"diffusion_pytorch_model.safetensors", "config.json", f"{CODE['unet']}.py"} < set(hub.files("org/network"))
+
+
+@pytest.mark.parametrize("source", ["a repository", "a folder", "the folder of a pipeline's network"])
+def test_diffusers_alone_loads_a_network_of_ours_with_trust(hub, push_environment, plain_python, tmp_path, source):
+    network = ours(time_embedding_type="learned_fourier", time_fourier_dim=6)
+    network.save_pretrained(tmp_path / "network")
+    DDPMPipeline(network, DDPMScheduler()).save_pretrained(tmp_path / "pipeline")
+    places = {"a folder": tmp_path / "network", "the folder of a pipeline's network": tmp_path / "pipeline" / "unet"}
+    if source == "a repository":
+        code = "import sys, ddpm_pipe\nddpm_pipe.DDPMUNet2DModel.from_pretrained(sys.argv[1]).push_to_hub('org/alone')"
+        run(code, push_environment, str(tmp_path / "network"))
+    code = f"""
+import sys, torch
+from diffusers import AutoModel
+network = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+torch.save(network(torch.ones(1, 3, 8, 8), 7).sample, {str(tmp_path / "output.pt")!r})
+try:
+    AutoModel.from_pretrained(sys.argv[1])
+except ValueError as error:
+    assert "trust_remote_code" in str(error)
+else:
+    raise AssertionError("code ran without trust")
+"""
+    environment = reader(hub, tmp_path) | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    environment.pop("PYTHONPATH", None)
+    command = [plain_python, "-c", code, str(places.get(source, "org/alone"))]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "not expected" not in done.stderr
+    expected = network(torch.ones(1, 3, 8, 8), 7).sample
+    torch.testing.assert_close(torch.load(tmp_path / "output.pt"), expected, rtol=0, atol=1e-6)
 
 
 # ---------------------------------------------------------------- what is refused
@@ -475,7 +506,7 @@ def test_lowest_version_of_diffusers_that_is_allowed_runs_no_code_either(repo, r
     code = f"""
 import sys, diffusers, pytest
 assert diffusers.__version__ == "{lowest}", diffusers.__version__
-sys.exit(pytest.main(["-n0", "-p", "no:cacheprovider", {__file__!r}, "-k", "(refused or executed) and not trust"]))
+sys.exit(pytest.main(["-n0", "-p", "no:cacheprovider", {__file__!r}, "-k", "(refused or not_executed) and not trust"]))
 """
     environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{repo}"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)

@@ -94,6 +94,25 @@ def test_fourier_weights_of_the_reference_have_a_place():
     assert from_reference(weights).keys() <= network.state_dict().keys()
 
 
+def test_fourier_features_of_the_reference_have_a_width_of_their_own():
+    """Its learned_sinusoidal_dim, 16 by default, beside the 4 * dim of its time MLP."""
+    network = tiny(time_embedding_type="learned_fourier", time_fourier_dim=16)
+    theirs = {
+        "time_mlp.0.weights": noise(8),
+        "time_mlp.1.weight": noise(32, 17),
+        "time_mlp.1.bias": noise(32, seed=1),
+        "time_mlp.3.weight": noise(32, 32),
+        "time_mlp.3.bias": noise(32, seed=2),
+    }
+    missing, unexpected = network.load_state_dict(from_reference(theirs), strict=False)
+    assert not unexpected and not [name for name in missing if name.startswith("time_")]
+    features = FourierEmbedding(16, learned=True)
+    features.load_state_dict({"weight": theirs["time_mlp.0.weights"]})
+    hidden = torch.nn.functional.gelu(features(TIMES) @ theirs["time_mlp.1.weight"].T + theirs["time_mlp.1.bias"])
+    expected = hidden @ theirs["time_mlp.3.weight"].T + theirs["time_mlp.3.bias"]
+    assert_close(network.time_embedding(network.time_proj(TIMES)), expected, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "name", ["surprise.weight", "downs.0.9.weight", "model.init_conv.weight", "model.downs.0.0.mlp.1.weight"]
 )
@@ -111,6 +130,12 @@ def test_sinusoidal_embedding_is_sines_then_cosines_of_geometric_frequencies(dim
     angles = [[t * theta ** (-i / (half - 1)) for i in range(half)] for t in TIMES.tolist()]
     expected = [[math.sin(a) for a in row] + [math.cos(a) for a in row] for row in angles]
     assert_close(SinusoidalEmbedding(dim, theta)(TIMES), torch.tensor(expected), rtol=0, atol=2e-4)
+
+
+def test_theta_of_the_network_is_that_of_its_embedding():
+    network = tiny(time_embedding_theta=50.0)
+    assert_close(network.time_proj(TIMES), SinusoidalEmbedding(8, 50.0)(TIMES), rtol=0, atol=0)
+    assert_close(tiny().time_proj(TIMES), SinusoidalEmbedding(8, 10_000.0)(TIMES), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("learned", [True, False])
@@ -339,6 +364,11 @@ def test_output_has_the_size_of_the_input(case):
         ({"attention_head_dim": (4, 0)}, "attention_head_dim"),
         ({"stem_channels": 10}, "stem_channels"),
         ({"time_embedding_dim": 7}, "time_embedding_dim"),
+        ({"time_embedding_type": "learned_fourier", "time_fourier_dim": 7}, "time_fourier_dim"),
+        ({"time_embedding_type": "learned_fourier", "time_fourier_dim": 0}, "time_fourier_dim"),
+        ({"time_fourier_dim": 8}, "time_fourier_dim=8 is for time_embedding_type learned_fourier"),
+        ({"time_embedding_theta": 0.0}, "time_embedding_theta"),
+        ({"time_embedding_theta": math.nan}, "time_embedding_theta"),
         ({"norm_num_groups": 3}, "norm_num_groups"),
         ({"norm_num_groups": 0}, "norm_num_groups"),
         ({"block_out_channels": (8, 18)}, "norm_num_groups"),
@@ -498,6 +528,8 @@ def test_channels_last_gives_the_same_result(kind):
         {},
         {"num_class_embeds": 3, "self_condition": True, "sample_size": (8, 9), "attention_types": ("none", "full")},
         {"time_embedding_type": "random_fourier"},
+        {"time_embedding_type": "learned_fourier", "time_fourier_dim": 6},
+        {"time_embedding_theta": 50.0},
         {"norm_type": "rms", "attention_norm_type": "rms", "num_mem_kv": 2, "downsample_type": "pixel_unshuffle"},
         {"num_attention_heads": (1, 2), "stem_channels": 12, "time_embedding_dim": 6},
     ],
