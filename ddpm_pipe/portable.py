@@ -16,9 +16,9 @@ import torch
 from diffusers import ConfigMixin, ModelMixin, SchedulerMixin, UNet2DModel
 from diffusers.utils.torch_utils import get_device
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HFValidationError
 
 from ddpm_pipe import noise, pipeline, prediction, schedulers, unet
-from ddpm_pipe.noise import check_choice
 from ddpm_pipe.pipeline import PixelDiffusionPipeline
 from ddpm_pipe.schedulers import DDIMScheduler, DDPMScheduler
 from ddpm_pipe.unet import CODE_FILE, DDPMUNet2DModel
@@ -99,12 +99,16 @@ class DDPMPipeline(PixelDiffusionPipeline):
                 "DDPMPipeline runs no code of a repository and loads no pickles, so it takes neither custom_pipeline "
                 "nor use_safetensors=False; use diffusers.DiffusionPipeline where you trust the source."
             )
-        for name in hub_options:
-            check_choice("the keyword", name, HUB_OPTIONS)
+        for name in hub_options.keys() - set(HUB_OPTIONS):
+            known = ", ".join(("unet, scheduler, variant, torch_dtype, device_map", *HUB_OPTIONS))
+            raise ValueError(f"from_pretrained does not know the keyword {name!r}; it knows {known}.")
         source = pretrained_model_name_or_path
         folder = Path(source)
         if not folder.is_dir():
-            folder = Path(cls.download(str(source), unet=unet, variant=variant, **hub_options))
+            try:
+                folder = Path(cls.download(str(source), unet=unet, variant=variant, **hub_options))
+            except HFValidationError as error:
+                raise ValueError(f"{str(source)!r} is neither a folder here nor the id of a repository.") from error
         network_class, scheduler_class = read_index(folder)
         if unet is None:
             precision = _precision(torch_dtype if dtype is None else dtype)

@@ -505,10 +505,10 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
 
     def to_json_string(self) -> str:
         """The config, and for diffusers' `AutoModel.from_pretrained(..., trust_remote_code=True)` where its code is."""
-        auto_map = {"AutoModel": f"{CODE_FILE}.{DDPMUNet2DModel.__name__}"}
-        return (
-            json.dumps(json.loads(super().to_json_string()) | {"auto_map": auto_map}, indent=2, sort_keys=True) + "\n"
-        )
+        config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)  # where it was loaded from is nobody's business
+        config["auto_map"] = {"AutoModel": f"{CODE_FILE}.{DDPMUNet2DModel.__name__}"}
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """Write config.json and this file beside it: a network of this class brings its code."""

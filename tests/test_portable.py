@@ -691,7 +691,7 @@ def test_folder_of_any_name_loads(tmp_path):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"low_memory": True}, "the keyword='low_memory' is unknown; use one of revision"),
+        ({"low_memory": True}, "does not know the keyword 'low_memory'; it knows unet"),
         ({"device_map": "nowhere"}, "device_map='nowhere'"),
         ({"torch_dtype": "float16"}, "torch_dtype='float16'"),
     ],
@@ -715,17 +715,27 @@ def test_precision_is_that_asked_for(tmp_path, options, dtype):
     assert DDPMPipeline.from_pretrained(folder_with(tmp_path), **options).unet.dtype is dtype
 
 
+@pytest.mark.parametrize("source", ["no/such/folder", "model_index.json/x/y"])
+def test_path_that_is_not_there_is_refused(source):
+    assert f"'{source}' is neither a folder here nor the id of a repository" in sentence(Path(source))
+
+
 def test_folder_does_not_tell_where_it_was_loaded_from(tmp_path):
     folder = folder_with(tmp_path / "folder")
     DDPMPipeline.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    DDPMUNet2DModel.from_pretrained(folder / "unet").save_pretrained(tmp_path / "again" / "alone")
     assert not [file for file in (tmp_path / "again").rglob("*.json") if str(tmp_path) in file.read_text()]
 
 
-def test_folders_of_before_load_still(tmp_path):
-    """Their model_index.json names the modules of this package."""
+@pytest.mark.parametrize("home", ["ddpm_pipe.", "diffusers_modules.local.ddpm_"])
+def test_folders_of_before_and_those_that_diffusers_saved_again_load_still(tmp_path, home):
+    """Their model_index.json names the modules of this package, or the code that travelled."""
     expected = make("our network")
     folder = folder_with(
-        tmp_path, unet=["ddpm_pipe.unet", "DDPMUNet2DModel"], scheduler=["ddpm_pipe.schedulers", "DDPMScheduler"]
+        tmp_path,
+        unet=[f"{home}unet", "DDPMUNet2DModel"],
+        scheduler=[f"{home}schedulers", "DDPMScheduler"],
+        _class_name="PixelDiffusionPipeline",
     )
     loaded = DDPMPipeline.from_pretrained(folder)
     assert all(torch.equal(a, b) for a, b in zip(loaded.unet.parameters(), expected.unet.parameters(), strict=True))
