@@ -114,7 +114,9 @@ class TrainConfig(Config):
     seed: int = option(0, "of the whole run")
 
     # machine
-    mixed_precision: str = option("auto", f"one of {', '.join(PRECISIONS)}; auto is bf16 where the device computes it")
+    mixed_precision: str = option(
+        "auto", f"{', '.join(PRECISIONS)}; auto is the launcher's, or bf16 where the device computes it"
+    )
     channels_last: bool | None = option(None, "keep images channels-last in memory; by itself on CUDA only")
     gradient_checkpointing: bool = option(False, "save memory by computing activations twice")
     compile: bool = option(False, "torch.compile the network")
