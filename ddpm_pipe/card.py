@@ -152,8 +152,10 @@ def read_evaluation(run: Path | None, pipeline: Path) -> dict[str, Any]:
     try:
         result = json.loads(file.read_text())
         metrics, measured = result["metrics"], result["sampling"]["unet_sha256"]
-        points = result.get("points", [])
-        foreign = [row for p in points if p["sampling"]["unet_sha256"] != measured for row in p["metrics"]]
+        of_points: dict[bool, list] = {True: [], False: []}  # metrics of these weights, and of others in a sweep
+        for point in result.get("points", []):
+            of_points[point["sampling"]["unet_sha256"] == measured] += point["metrics"]
+        foreign = [row for row in of_points[False] if row not in of_points[True]]
         values = [float(row["value"]) for row in metrics if row["type"] and row["name"] and row["protocol"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is not what examples/evaluate.py writes ({error!r}); evaluate again.") from error

@@ -193,7 +193,9 @@ def upload(
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise PushError(f"the push to {repo} failed ({reason}); nothing was lost, repeat it with: {repeat}") from error
     if exposed:
-        raise ValueError(f"repo={repo!r} is public already; pass --public to push to it all the same.")
+        raise ValueError(
+            f"repo={repo!r} is public already; pass --public (in Python private=False) to push to it all the same."
+        )
     print(f"pushed to {url}")
     return str(url)
 

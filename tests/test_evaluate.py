@@ -2,8 +2,10 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from feature_network import feature_file  # noqa: F401
@@ -12,21 +14,33 @@ from runs import NETWORK, REPO, make_recipe, write_config
 
 from ddpm_pipe import DDPMPipeline
 from ddpm_pipe.card import make_card
+from ddpm_pipe.checkpoint import replace_folder
 from ddpm_pipe.config import parse_config
-from ddpm_pipe.data import load_images, to_unit_range
-from ddpm_pipe.evaluate import EvaluateConfig, denoiser, evaluate
+from ddpm_pipe.data import load_images, open_dataset, to_unit_range
+from ddpm_pipe.evaluate import EvaluateConfig, check_finite, denoiser, evaluate
 from ddpm_pipe.likelihood import variational_bound
 
 DATA = str(REPO / "examples" / "fashion_mnist")
 
 
+@pytest.fixture(scope="session")
+def split_images(tmp_path_factory) -> str:
+    """A folder of 60 of the bundled images to train on and 40 others held out."""
+    folder = tmp_path_factory.mktemp("data") / "split"
+    images = open_dataset(DATA, "test")
+    splits = {"train": images.select(range(60)), "test": images.select(range(60, 100))}
+    datasets.DatasetDict(splits).save_to_disk(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
-def run(lives, few_images, tmp_path_factory) -> Path:
+def run(lives, split_images, tmp_path_factory) -> Path:
     """A finished run of a few steps, with classes and self-conditioning."""
     config = make_recipe(
         tmp_path_factory.mktemp("evaluated") / "run",
         unet=NETWORK | {"self_condition": True},
-        data=few_images,
+        data=split_images,
+        split="train",
         class_conditional=True,
     )
     lives.complete(write_config(config))
@@ -34,11 +48,11 @@ def run(lives, few_images, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def measure(run, feature_file, few_images, tmp_path, fresh_accelerate):  # noqa: F811
+def measure(run, feature_file, split_images, tmp_path, fresh_accelerate):  # noqa: F811
     """evaluate() with flags as on the command line; what it wrote."""
 
     def measure(*argv: str) -> dict:
-        argv = ("--model", str(run / "pipeline"), "--data", few_images, "--split", "train", "--steps", "2", *argv)
+        argv = ("--model", str(run / "pipeline"), "--data", split_images, "--steps", "2", *argv)
         argv += ("--features", feature_file, "--output_dir", str(tmp_path / "out"), "--batch_size", "16")
         return json.loads(evaluate(parse_config(EvaluateConfig, argv)).read_text())
 
@@ -93,13 +107,13 @@ def test_a_sweep_over_models_compares_averages(measure, run, tmp_path):
     assert hashes[0] != hashes[1]
 
 
-def test_bits_per_dimension_are_the_bound_of_the_held_out_images(measure, run, few_images):
+def test_bits_per_dimension_are_the_bound_of_the_held_out_images(measure, run, split_images):
     result = measure("--num_images", "0", "--bits_images", "30", "--bits_terms", "19", "--class_labels", "balanced")
     (row,) = result["metrics"]
     assert row["value"] == pytest.approx(sum(row["terms"].values())) and row["standard_error"] > 0
     assert "given their labels" in row["protocol"] and "19 of 19 terms" in row["protocol"]
 
-    data = load_images(few_images, "train", with_labels=True, resolution=[8, 8], channels=1)
+    data = load_images(split_images, "test", with_labels=True, resolution=[8, 8], channels=1)
     pipeline = DDPMPipeline.from_pretrained(run / "pipeline")
     images, labels = data.take(torch.arange(30))
     totals = []
@@ -117,20 +131,98 @@ def test_neighbours_are_drawn_and_compared_with_those_of_real_images(measure, tm
     assert (tmp_path / "out" / "neighbours.png").exists()
 
 
-def test_the_model_card_shows_what_was_measured(run, feature_file, few_images, fresh_accelerate):  # noqa: F811
-    argv = ["--model", str(run / "pipeline"), "--data", few_images, "--split", "train", "--steps", "2"]
-    file = evaluate(parse_config(EvaluateConfig, [*argv, "--num_images", "20", "--features", feature_file]))
-    assert file == run / "evaluation.json"
-    card = make_card(run, run / "pipeline", "org/mine")
-    shown = {result.metric_name: result.metric_value for result in ModelCard(str(card)).data.eval_results}
+@pytest.fixture
+def own_run(run, tmp_path) -> Path:
+    """A copy of the run, with an average of other weights beside its pipeline."""
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    pipeline = DDPMPipeline.from_pretrained(copy / "pipeline")
+    with torch.no_grad():
+        pipeline.unet.conv_out.weight.zero_()
+    pipeline.save_pretrained(copy / "ema-0.05")
+    return copy
+
+
+@pytest.fixture
+def evaluated(own_run, feature_file, split_images, fresh_accelerate):  # noqa: F811
+    """evaluate() of a pipeline of that run, with its results inside; the path of evaluation.json."""
+
+    def evaluated(pipeline: str = "pipeline", *argv: str) -> Path:
+        argv = ("--model", str(own_run / pipeline), "--data", split_images, "--steps", "2", "--num_images", "20", *argv)
+        return evaluate(parse_config(EvaluateConfig, [*argv, "--features", feature_file]))
+
+    return evaluated
+
+
+def shown(run: Path, pipeline: str) -> dict[str, float]:
+    """Name and value of the metrics in the metadata of the card."""
+    data = ModelCard(str(make_card(run, run / pipeline, "org/mine"))).data
+    return {result.metric_name: result.metric_value for result in data.eval_results or []}
+
+
+def test_the_model_card_shows_what_was_measured(evaluated, own_run):
+    file = evaluated()
+    assert file == own_run / "pipeline" / "evaluation.json"
     fid = json.loads(file.read_text())["metrics"][0]
-    assert shown["FID-20 of feature_network.pt"] == pytest.approx(fid["value"]) and fid["protocol"] in card.text
+    assert shown(own_run, "pipeline")["FID-20 of feature_network.pt"] == pytest.approx(fid["value"])
+    assert fid["protocol"] in make_card(own_run, own_run / "pipeline", "org/mine").text
+
+
+def test_the_card_of_other_weights_shows_none_of_it(evaluated, own_run, capsys):
+    file = evaluated()
+    assert not shown(own_run, "ema-0.05")
+    shutil.copyfile(file, own_run / "ema-0.05" / "evaluation.json")
+    assert not shown(own_run, "ema-0.05")
+    assert "was measured on other weights than those of" in capsys.readouterr().out
+    (own_run / "ema-0.05" / "evaluation.json").unlink()
+    file.rename(own_run / "evaluation.json")  # where earlier versions wrote it
+    assert shown(own_run, "pipeline") and not shown(own_run, "ema-0.05")
+
+
+def test_results_go_with_the_weights_when_the_pipeline_is_written_again(evaluated, own_run):
+    file = evaluated()
+    pipeline = DDPMPipeline.from_pretrained(own_run / "ema-0.05")
+    replace_folder(own_run / "pipeline", pipeline.save_pretrained)  # as training does at each checkpoint
+    assert not file.exists() and not shown(own_run, "pipeline")
+
+
+def test_of_a_sweep_over_models_each_card_shows_its_own(evaluated, own_run):
+    models = f"model={own_run / 'pipeline'},{own_run / 'ema-0.05'}"
+    result = json.loads(evaluated("pipeline", "--bits_images", "4", "--bits_terms", "2", "--sweep", models).read_text())
+    for point, pipeline in zip(result["points"], ("pipeline", "ema-0.05"), strict=True):
+        metrics = {row["name"]: pytest.approx(row["value"]) for row in point["metrics"]}
+        bits = {"bits/dim": pytest.approx(result["metrics"][-1]["value"])} if pipeline == "pipeline" else {}
+        assert shown(own_run, pipeline) == metrics | bits
+    assert [point["settings"] for point in result["points"]] == [{"model": "pipeline"}, {"model": "ema-0.05"}]
+    file = own_run / "pipeline" / "evaluation.json"  # as earlier versions wrote it, the best of whichever model
+    file.write_text(json.dumps(result | {"metrics": result["points"][1]["metrics"]}))
+    assert "FID-20 of feature_network.pt" not in shown(own_run, "pipeline")
+
+
+@pytest.mark.parametrize(
+    "content", ["", '{"metrics": [', "[]", "{}", '{"metrics": 3}', '{"metrics": [{"value": NaN}], "sampling": {}}']
+)
+def test_an_evaluation_that_cannot_be_read_is_one_sentence(own_run, content):
+    (own_run / "pipeline" / "evaluation.json").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"evaluation\.json is not what examples/evaluate\.py writes .*; evaluate again"
+    ):
+        make_card(own_run, own_run / "pipeline", "org/mine")
+
+
+def test_a_metric_that_is_not_a_number_is_not_shown(evaluated, own_run):
+    file = evaluated()
+    result = json.loads(file.read_text())
+    result["metrics"][0]["value"] = math.nan
+    file.write_text(json.dumps(result))
+    with pytest.raises(ValueError, match="holds a metric that is not finite"):
+        make_card(own_run, own_run / "pipeline", "org/mine")
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
         ({"data": ""}, "data must name the real images"),
+        ({"bits_images": 1}, "bits_images=1 has no standard error"),
         ({"num_images": -1}, "num_images=-1 must be at least 0"),
         ({"neighbours": 9, "num_images": 8}, "neighbours=9 must be at most num_images=8"),
         ({"sweep": ["shape=1"]}, "sweep='shape=1' must be option=value"),
@@ -144,11 +236,28 @@ def test_what_cannot_be_measured_is_one_sentence(options, told):
 
 
 def test_more_images_than_there_are_have_no_bits(measure):
-    with pytest.raises(ValueError, match="bits_images=61 is more than the 60 images"):
-        measure("--num_images", "0", "--bits_images", "61")
+    with pytest.raises(ValueError, match="bits_images=41 is more than the 40 images"):
+        measure("--num_images", "0", "--bits_images", "41")
 
 
-def test_results_of_a_model_without_a_run_need_a_folder(tmp_path):
+@pytest.mark.parametrize("asked", [("--bits_images", "4"), ("--neighbours", "2")])
+def test_training_images_do_not_pass_for_held_out_ones(measure, few_images, monkeypatch, asked):
+    def sampled(*_, **__):
+        raise AssertionError("images were drawn")
+
+    monkeypatch.setattr("ddpm_pipe.evaluate.measure_samples", sampled)
+    told = r"100% of those of split='test' are also in train_split='train'"
+    with pytest.raises(ValueError, match=told):  # a folder of one split, whatever its name
+        measure("--num_images", "20", "--data", few_images, *asked)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_metric_that_is_not_finite_is_not_written(value):
+    with pytest.raises(ValueError, match=rf"bits/dim is {value}; nothing is written"):
+        check_finite([{"name": "bits/dim", "value": value}])
+
+
+def test_results_of_a_model_that_is_no_folder_need_one(tmp_path):
     config = EvaluateConfig(model=str(tmp_path / "pipeline"), data=DATA)
     with pytest.raises(ValueError, match="output_dir must be given"):
         evaluate(config)

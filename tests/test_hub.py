@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,15 +14,24 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard, constants
 from runs import REPO, make_recipe, write_config
 
+from ddpm_pipe import DDPMPipeline
 from ddpm_pipe.card import training_seconds
-from ddpm_pipe.config import parse_config
-from ddpm_pipe.hub import PushConfig, PushError, stage
+from ddpm_pipe.config import parse_config, read_config_file
+from ddpm_pipe.hub import PushConfig, Pusher, PushError, repeated, stage
 from ddpm_pipe.hub import push as share
 from ddpm_pipe.recipe import TrainConfig
+from ddpm_pipe.sampling import weights_sha256
 
 pytestmark = pytest.mark.xdist_group("hub")
 
 CLASSES = {"class_conditional": True, "holdout": 20, "save_every": 3, "sample_every": 3, "log_every": 2}
+
+
+PRIVATE = (
+    *("token", "logs/x.json", "pipeline/.env", "pipeline/optimizer.bin", "pipeline/secrets.json", "pipeline/other.py"),
+    *("pipeline/unet/notes.txt", "pipeline/unet/.hidden.json", "pipeline/unet/secrets.json", "pipeline/more/x.json"),
+    *("pipeline/unet/old/diffusion_pytorch_model.safetensors", "pipeline/diffusion_pytorch_model.safetensors"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +40,8 @@ def config(lives, few_images, tmp_path_factory) -> TrainConfig:
     config = make_recipe(tmp_path_factory.mktemp("shared") / "run", data=few_images, **CLASSES)
     lives.complete(write_config(config))
     run = Path(config.output_dir)
-    for private in ("token", "pipeline/.env", "pipeline/optimizer.bin", "pipeline/unet/notes.txt", "logs/x.json"):
-        (run / private).parent.mkdir(exist_ok=True)
+    for private in PRIVATE:
+        (run / private).parent.mkdir(parents=True, exist_ok=True)
         (run / private).write_text("hf_secret")
     return config
 
@@ -94,13 +105,96 @@ def test_pushing_the_same_again_makes_no_commit(hub, push):
 
 def test_what_is_no_longer_part_of_it_is_deleted(hub, push, config):
     push()
-    stale = Path(config.output_dir) / "pipeline" / "unet" / "old.json"
-    stale.write_text("{}")
+    stale = Path(config.output_dir) / "pipeline" / "scheduler" / "ddpm_schedulers.py"
+    stale.write_text("")
     push()
-    assert "unet/old.json" in hub.files("org/mine")
+    assert "scheduler/ddpm_schedulers.py" in hub.files("org/mine")
     stale.unlink()
     push()
-    assert "unet/old.json" not in hub.files("org/mine")
+    assert "scheduler/ddpm_schedulers.py" not in hub.files("org/mine")
+
+
+def test_the_address_is_printed(push, hub, capsys):
+    push()
+    assert f"pushed to {hub.url}/org/mine" in capsys.readouterr().out
+
+
+@pytest.fixture
+def own(config, tmp_path) -> PushConfig:
+    """A push of a copy of the run, which a test may change."""
+    return PushConfig(str(shutil.copytree(config.output_dir, tmp_path / "home" / "own")), "org/mine")
+
+
+LINKS = (
+    *("pipeline/model_index.json", "pipeline/unet", "pipeline/unet/config.json", "pipeline/ddpm_pipeline.py"),
+    *("pipeline/unet/diffusion_pytorch_model.safetensors", "pipeline/evaluation.json", "evaluation.json", "samples"),
+)
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_a_link_is_not_followed(own, tmp_path, name):
+    link, elsewhere = Path(own.run) / name, tmp_path / "elsewhere"
+    if link.exists():
+        link.rename(elsewhere)
+    else:
+        elsewhere.write_text("{}")
+    link.symlink_to(elsewhere)
+    (tmp_path / "staged").mkdir()
+    with pytest.raises(ValueError, match=f"{name} is a link, and links are not pushed"):
+        stage(own, tmp_path / "staged")
+
+
+@pytest.mark.parametrize("data", ["{home}/images", "{home}/*/x-*.parquet", "~/private/images", "{home}/moved/away"])
+def test_no_file_that_is_pushed_names_a_path_of_this_machine(own, tmp_path, monkeypatch, data):
+    run, home = Path(own.run), tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    (home / "images").mkdir()
+    recipe = read_config_file(run / "config.yaml") | {"data": data.format(home=home)}
+    (run / "config.yaml").write_text(json.dumps(recipe))
+    for name in ("model_index", "unet/config", "scheduler/scheduler_config"):
+        file = run / "pipeline" / f"{name}.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"_name_or_path": str(run / "pipeline")}))
+    sampling = {"model": str(run / "pipeline"), "unet_sha256": weights_sha256(run / "pipeline")}
+    points = [{"settings": {"model": str(run / "pipeline")}, "sampling": sampling, "metrics": []}]
+    result = {"sampling": sampling, "points": points, "metrics": []}
+    (run / "pipeline" / "evaluation.json").write_text(json.dumps(result))
+    folder = tmp_path / "staged"
+    folder.mkdir()
+    stage(own, folder)
+    texts = {path: path.read_text() for path in folder.rglob("*") if path.suffix in (".json", ".md", ".py")}
+    assert len(texts) == len(PUSHED) - 2 + 1  # without weights and picture, with the evaluation
+    for path, text in texts.items():
+        for private in (str(tmp_path), str(Path.home()), "~/", "_name_or_path"):
+            assert private not in text, (path.name, private)
+
+
+def test_an_evaluation_that_cannot_be_read_stops_a_push_and_no_training(own, tmp_path, capsys):
+    (Path(own.run) / "pipeline" / "evaluation.json").write_text('{"metrics": [')
+    with pytest.raises(ValueError, match=r"evaluation\.json is not what examples/evaluate\.py writes"):
+        stage(own, tmp_path)
+    Pusher(own).push()
+    assert capsys.readouterr().out.startswith("nothing is pushed: ")
+
+
+def test_the_command_that_repeats_a_push_has_all_its_options():
+    given = PushConfig("runs/my run", "org/x", public=True, pipeline="ema-0.05", license="mit")
+    command = shlex.split(repeated(given))
+    assert command[:2] == ["python", "examples/push.py"] and parse_config(PushConfig, command[2:]) == given
+
+
+def test_a_pipeline_without_a_run_is_pushed_with_a_card_and_for_its_owner_only(push, hub, config, tmp_path, capsys):
+    pipeline = DDPMPipeline.from_pretrained(Path(config.output_dir) / "pipeline")
+    address = pipeline.push_to_hub("org/alone", token="hf_good")
+    assert address in capsys.readouterr().out and hub.is_private("org/alone")
+    assert set(hub.files("org/alone")) - {".gitattributes"} == PUSHED - {"samples.png"}
+    card = ModelCard(hub.files("org/alone")["README.md"].decode())
+    assert card.data.library_name == "diffusers" and "8x8 images with 1 channel" in card.text
+    assert "conditional on 10 classes" in card.text and "Nothing is known here of the training" in card.text
+    assert 'from_pretrained("org/alone")' in card.text and "samples.png" not in card.text
+    pipeline.push_to_hub("org/shown", token="hf_good", private=False)
+    assert not hub.is_private("org/shown")
+    with pytest.raises(ValueError, match="is public already"):
+        pipeline.push_to_hub("org/shown", token="hf_good")
 
 
 def test_a_branch_is_made(hub, push):
