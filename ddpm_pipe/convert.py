@@ -257,7 +257,9 @@ def _fetch(source: str) -> Path:
                 break
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"source={source!r} is no file or folder here, and not had from the Hub: {reason}") from error
+        raise ValueError(
+            f"source={source!r} is no file or folder here, and the Hub does not give it: {reason}"
+        ) from error
     return folder
 
 
