@@ -45,7 +45,7 @@ def show_health(
                 with whole_file(file) as new:
                     grids[name].save(new, "png")
             log.show(step, grids)
-    except (RuntimeError, MemoryError, OSError) as error:  # torch's for no memory is a RuntimeError
+    except (ValueError, RuntimeError, MemoryError, OSError) as error:  # of torch, for no memory, a RuntimeError
         reason = str(error).partition("\n")[0]
         print(f"the samples of step {step} could not be drawn ({reason}); the run goes on without them.")
 

@@ -141,17 +141,20 @@ def test_a_kill_between_two_renames_and_then_a_full_disk_leave_the_last_pipeline
 
 @pytest.fixture
 def lockable(tmp_path):
-    """A folder, and how to make it read-only, for root too."""
+    """A folder, and how to make it read-only, for root too: by a mount over it, since a run keeps a file of it open."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount("--bind", str(folder), str(folder))
 
     def lock(how: str) -> None:
-        while subprocess.run(["mount", "-o", f"remount,bind,{how}", str(folder)], capture_output=True).returncode:
+        if how == "rw":
+            subprocess.run(["umount", "-l", str(folder)], check=True)
+            return
+        mount("--bind", str(folder), str(folder))
+        while subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], capture_output=True).returncode:
             time.sleep(0.01)  # a file is just being written
 
     yield folder, lock
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True)
 
 
 @pytest.mark.slow
