@@ -187,6 +187,16 @@ class DDPMPipeline(PixelDiffusionPipeline):
             else:
                 file.unlink(missing_ok=True)  # of what was saved here before
 
+    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """As that of diffusers, without its upload, which makes a public repository with an empty card.
+
+        Raises:
+            ValueError: with `push_to_hub`.
+        """
+        if push_to_hub:
+            raise ValueError("save_pretrained takes no push_to_hub=True; call push_to_hub(repo_id) of the pipeline.")
+        super().save_pretrained(save_directory, **kwargs)
+
     def push_to_hub(
         self,
         repo_id: str,

@@ -195,6 +195,9 @@ def test_a_pipeline_without_a_run_is_pushed_with_a_card_and_for_its_owner_only(p
     assert not hub.is_private("org/shown")
     with pytest.raises(ValueError, match="is public already"):
         pipeline.push_to_hub("org/shown", token="hf_good")
+    with pytest.raises(ValueError, match=r"call push_to_hub\(repo_id\) of the pipeline"):
+        pipeline.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="org/saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_a_branch_is_made(hub, push):

@@ -6,7 +6,7 @@ from PIL import Image
 
 from ddpm_pipe import memorisation
 from ddpm_pipe.data import ImageData
-from ddpm_pipe.memorisation import nearest, neighbour_grid
+from ddpm_pipe.memorisation import nearest, neighbour_grid, share_of_copies
 
 
 def pixels(count: int, channels: int = 3, seed: int = 0) -> torch.Tensor:
@@ -40,6 +40,15 @@ def test_a_copy_has_distance_zero_and_shows_its_original():
     originals = Image.fromarray(training[13, 0].numpy()).convert("RGB").tobytes()
     assert grid.size == (2 * 4, 2 * 5)
     assert grid.crop((0, 0, 4, 5)).tobytes() == grid.crop((4, 0, 8, 5)).tobytes() == originals
+
+
+def test_copies_are_counted_to_the_bit(monkeypatch):
+    monkeypatch.setattr(memorisation, "BLOCK", 7)
+    training, images = pixels(20), pixels(4, seed=1)
+    images[:3] = training[[2, 2, 19]]
+    assert share_of_copies(images, data_of(training)) == 0.75
+    images[0, 0, 0, 0] ^= 1
+    assert share_of_copies(images, data_of(training)) == 0.5
 
 
 def test_rows_of_a_held_out_part_are_not_looked_at():
