@@ -150,14 +150,24 @@ class DDPMPipeline(PixelDiffusionPipeline):
             raise ValueError(why_none(f"{pretrained_model_name}/unet", names, variant))
         return str(folder)
 
-    def save_pretrained(self, save_directory: str | PathLike, safe_serialization: bool = True, *args, **kwargs) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike,
+        safe_serialization: bool = True,
+        *args,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
         """Write the pipeline as a folder that this package and diffusers load; keywords as in diffusers.
 
         Raises:
-            ValueError: for safe_serialization=False, since pickles are not loaded.
+            ValueError: for safe_serialization=False, since pickles are not loaded, and for push_to_hub=True, since the
+                upload of diffusers makes a public repository with an empty card.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False writes pickles, which from_pretrained does not load; leave it.")
+        if push_to_hub:
+            raise ValueError("save_pretrained takes no push_to_hub=True; call push_to_hub(repo_id) of the pipeline.")
         super().save_pretrained(save_directory, safe_serialization, *args, **kwargs)
 
     def save_config(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs) -> None:
@@ -186,16 +196,6 @@ class DDPMPipeline(PixelDiffusionPipeline):
                 file.write_text(bundle(*sources[part]))
             else:
                 file.unlink(missing_ok=True)  # of what was saved here before
-
-    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs) -> None:
-        """As that of diffusers, without its upload, which makes a public repository with an empty card.
-
-        Raises:
-            ValueError: with `push_to_hub`.
-        """
-        if push_to_hub:
-            raise ValueError("save_pretrained takes no push_to_hub=True; call push_to_hub(repo_id) of the pipeline.")
-        super().save_pretrained(save_directory, **kwargs)
 
     def push_to_hub(
         self,
