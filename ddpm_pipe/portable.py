@@ -7,6 +7,7 @@ sample wrongly names its own, so that it cannot be mistaken for it.
 
 import ast
 import json
+from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
@@ -223,10 +224,9 @@ class DDPMPipeline(PixelDiffusionPipeline):
         Raises:
             ValueError: where the Hub cannot be reached or refuses, or the repository is public and `private` is set.
         """
-        from ddpm_pipe.hub import push_pipeline  # it needs this class
-
+        hub = import_module("ddpm_pipe.hub")  # it is built on this class, and loaded only where something is pushed
         options = {"commit_message": commit_message, "token": token, "create_pr": create_pr}
-        return push_pipeline(self, repo_id, private, variant, **options)
+        return hub.push_pipeline(self, repo_id, private, variant, **options)
 
 
 def is_faithful(scheduler: SchedulerMixin) -> bool:

@@ -66,8 +66,10 @@ def file_format() -> dict:
         "model_index": {
             "ours": model_index(network(), DDPMScheduler()),
             "our network": model_index(network(), diffusers.DDPMScheduler()),
-            "our scheduler": model_index(stock, DDIMScheduler()),
-            "our scheduler, other than the stock one": model_index(stock, DDIMScheduler(timestep_spacing="trailing")),
+            "our scheduler": model_index(stock, DDIMScheduler(clip_sample=False)),
+            "our scheduler, other than the stock one": model_index(
+                stock, DDIMScheduler(timestep_spacing="trailing", clip_sample=False)
+            ),
             "stock": model_index(stock, diffusers.DDPMScheduler()),
         },
         "config": {cls.__name__: default_config(cls) for cls in CONFIGURABLE},
@@ -134,13 +136,13 @@ ALLOWED_IMPORTS = {
     "report": {"log"},
     "health": {"checkpoint", "data", "log", "objective", "pipeline", "portable", "randomness", "recipe"}
     | {"schedulers", "state"},
-    "card": {"config", "log", "recipe"},
-    "hub": {"card", "config"},
+    "card": {"config", "log", "portable", "recipe", "sampling"},
+    "hub": {"card", "config", "portable"},
     # what is done with a trained model
     "sampling": {"checkpoint", "config", "noise", "pipeline", "portable"},
     "generate": {"checkpoint", "config", "noise", "portable", "sampling"},
-    "features": {"checkpoint"},
-    "metrics": set(),
+    "features": {"checkpoint", "sampling"},
+    "metrics": {"features"},
     "memorisation": {"data"},
     "evaluate": {
         "card",

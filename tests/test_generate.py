@@ -530,7 +530,7 @@ def test_generation_json_has_all_that_decides_about_the_images(config, models):
     assert scheduler["class"] == "DPMSolverMultistepScheduler" and scheduler["algorithm_type"] == "dpmsolver++"
     assert scheduler["timestep_spacing"] == "trailing" and scheduler["beta_schedule"] == "squaredcos_cap_v2"
     assert entries == entries | {
-        "model": models["classes"],
+        "model": "classes",
         "steps": 4,
         "eta": 0.0,
         "guidance_scale": 1.5,
@@ -640,11 +640,11 @@ def test_a_prediction_that_the_scheduler_does_not_know_is_one_sentence(models, t
         generate(GenerateConfig(**chosen))
 
 
-def test_images_that_are_not_finite_are_not_written(models, tmp_path, config):
+def test_weights_that_are_not_finite_draw_nothing(models, tmp_path, config):
     pipeline = DDPMPipeline.from_pretrained(models["plain"])
     pipeline.unet.conv_out.bias.data[:] = float("nan")
     pipeline.save_pretrained(tmp_path / "broken")
-    with refused("the images of seeds 0 to 3 are not finite in torch.float32"):
+    with refused("'conv_out.bias' of .*unet has NaN or infinite entries"):
         generate(GenerateConfig(**vars(config()) | {"model": str(tmp_path / "broken")}))
     assert not list((tmp_path / "images").glob("*.png"))
 
