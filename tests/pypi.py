@@ -4,6 +4,7 @@ What they need for training only (torchvision and pytorch-fid: reading and measu
 networks and samplers that the tests compare with do not use it.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -41,7 +42,10 @@ def unpacked(name: str, version: str, cache: Path) -> Path:
             pytest.skip(f"PyPI cannot be reached for {name} {version}: {done.stderr.strip().splitlines()[-1:]}")
         stem = f"{name.replace('-', '_')}-{version}".lower()
         (archive,) = (file for file in cache.iterdir() if file.is_file() and file.name.lower().startswith(stem))
-        shutil.unpack_archive(archive, folder, "zip" if archive.suffix == ".whl" else "gztar")
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}")  # whole or not there, whoever else unpacks it
+        shutil.unpack_archive(archive, partial, "zip" if archive.suffix == ".whl" else "gztar")
+        if not folder.is_dir():
+            partial.rename(folder)
     return next((setup.parent for setup in folder.glob("*/setup.py")), folder)
 
 
