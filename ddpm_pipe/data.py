@@ -1,219 +1,56 @@
-"""A dataset id, a file or a folder -> uint8 images in memory -> batches, in an order that depends on the seed alone.
+"""All images of a dataset decoded to uint8, in memory or in a file; batches of them, as a function of seed and step."""
 
-How files become images: EXIF orientation is applied; palette and CMYK images become RGB; transparency is laid over
-white unless four channels are asked for; 16-bit greys are scaled to 8 bits; other sizes are resized and cropped to the
-centre.
-"""
-
-import io
+import hashlib
 import json
+import logging
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import NamedTuple, TypeVar
 
 import datasets
-import fsspec
 import numpy as np
+import PIL
 import psutil
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from PIL import Image, ImageOps
+from filelock import FileLock, Timeout
 from torch import Tensor
 
+from ddpm_pipe.checkpoint import replace_text, whole_file
+from ddpm_pipe.images import (
+    DECODING,
+    Cell,
+    Header,
+    Unreadable,
+    choose_channels,
+    choose_size,
+    first_header,
+    flip_some,
+    gib,
+    header_of,
+    map_cells,
+    open_image,
+    read_header,
+    to_array,
+    to_unit_range,
+)
 from ddpm_pipe.randomness import generator
+from ddpm_pipe.sources import (
+    DataError,
+    explained,
+    find_image_column,
+    find_label_column,
+    open_dataset,
+    read_labels,
+    reason,
+)
 
 T = TypeVar("T")
-AnyDataset = Any
-"""`datasets.Dataset` or `datasets.IterableDataset`."""
-
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-"""Number of channels -> mode of PIL."""
-
-_GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-SMALL_FILE = 8192
-"""Bytes of an image file below which one thread decodes more of them than two: 2.5 times as many where they have 2 KiB,
-half as many where they have 36 KiB."""
-
-_FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".zip": "imagefolder"}
-
-
-# ---------------------------------------------------------------- finding the images
-
-
-def open_dataset(data: str, split: str = "train", streaming: bool = False) -> AnyDataset:
-    """Open a dataset wherever it is.
-
-    Args:
-        data: a folder of images (class subfolders become labels), of parquet files or of `Dataset.save_to_disk`; a
-            parquet, arrow, tar or zip file or a glob of such files; or the id of a dataset on the Hub.
-        split: which split, where there are several.
-        streaming: read it row by row instead of as a whole.
-
-    Raises:
-        ValueError: where there is nothing to read, naming what was looked for.
-    """
-    path = Path(data).expanduser()
-    try:
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            found = datasets.load_from_disk(str(path))
-            found = found[split] if isinstance(found, datasets.DatasetDict) else found
-            return found.to_iterable_dataset() if streaming else found
-        if path.suffix in _FILE_FORMATS:
-            options = {"path": _FILE_FORMATS[path.suffix], "data_files": str(path), "split": "train"}
-        else:
-            options = {"path": str(path) if path.is_dir() else data, "split": split}
-        return datasets.load_dataset(**options, streaming=streaming)
-    except (FileNotFoundError, HFValidationError, HfHubHTTPError, ConnectionError, OSError) as error:
-        if path.is_dir():
-            raise ValueError(f"data={data!r} is a folder without images or parquet files.") from error
-        raise ValueError(
-            f"data={data!r} is neither a file nor a folder here, nor could it be read from the Hub "
-            f"({type(error).__name__}); give a folder of images, a parquet or arrow file or a dataset id."
-        ) from error
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"data={data!r} with split={split!r} could not be read: {error}") from error
-
-
-def find_image_column(dataset: AnyDataset, name: str | None = None) -> str:
-    """The column that holds the images: `name` if given, else the only one that looks like it.
-
-    Raises:
-        ValueError: for an unknown column, or where none or several hold images.
-    """
-    columns = dataset.column_names
-    if name is not None:
-        if name not in columns:
-            raise ValueError(f"image_column={name!r} is not in the data; its columns are {', '.join(columns)}.")
-        return name
-    found = [column for column, feature in dataset.features.items() if _holds_images(feature)]
-    if len(found) != 1:
-        what = "none of its columns holds images" if not found else f"several columns hold images: {', '.join(found)}"
-        raise ValueError(f"{what}; name one with image_column (columns: {', '.join(columns)}).")
-    return found[0]
-
-
-def _holds_images(feature: object) -> bool:
-    """An image feature, or what one looks like in a parquet file written without it."""
-    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
-
-
-def find_label_column(dataset: AnyDataset, name: str | None = None) -> str:
-    """The column that holds the classes: `name` if given, else the only one of class labels.
-
-    Raises:
-        ValueError: for an unknown column, or where no single one holds class labels.
-    """
-    columns = ", ".join(dataset.column_names)
-    if name is not None:
-        if name not in dataset.column_names:
-            raise ValueError(f"label_column={name!r} is not in the data; its columns are {columns}.")
-        return name
-    found = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
-    if len(found) != 1:
-        raise ValueError(f"{len(found)} columns hold class labels; name one with label_column (columns: {columns}).")
-    return found[0]
-
-
-def read_labels(dataset: datasets.Dataset, column: str) -> tuple[Tensor, tuple[str, ...]]:
-    """Labels (N,) from 0 and the names of the classes; numbers and strings are numbered in sorted order."""
-    if not isinstance(dataset.features[column], datasets.ClassLabel):
-        dataset = dataset.class_encode_column(column)
-    return torch.tensor(dataset[column][:]), tuple(dataset.features[column].names)
-
-
-# ---------------------------------------------------------------- decoding
-
-
-def open_image(cell: dict | None) -> Image.Image:
-    """A PIL image, upright, from the bytes or the path in a cell of the image column, not decoded yet."""
-    if cell is None:
-        raise ValueError("there is no image")
-    source = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
-    if isinstance(source, str) and "://" in source:  # inside a zip file
-        with fsspec.open(source) as file:
-            source = io.BytesIO(file.read())
-    return ImageOps.exif_transpose(Image.open(source))
-
-
-def to_array(image: Image.Image, channels: int, size: tuple[int, int]) -> np.ndarray:
-    """A PIL image of any mode and size -> uint8 (channels, height, width), by the rules in the head of this module."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    elif channels != 4 and image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert(MODES[channels])
-    height, width = size
-    if image.size != (width, height):
-        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-    return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
-
-
-def map_cells(function: Callable[[dict | None], T], cells: list[dict | None]) -> list[T]:
-    """`function` of every image cell, in order: in threads (PIL decodes outside the interpreter's lock), but for small
-    files in memory, which are decoded in less time than it takes to hand them over."""
-    in_memory = [len(cell["bytes"]) for cell in cells if cell is not None and cell["bytes"] is not None]
-    if in_memory and sum(in_memory) < SMALL_FILE * len(in_memory):
-        return [function(cell) for cell in cells]
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(function, cells))
-
-
-@dataclass
-class Header:
-    """What is known of an image before its pixels are decoded; `error` where it cannot be opened."""
-
-    size: tuple[int, int] = (0, 0)
-    grey: bool = False
-    error: str | None = None
-
-
-def read_header(cell: dict | None) -> Header:
-    try:
-        image = open_image(cell)
-    except UNREADABLE as error:
-        return Header(error=str(error))
-    return Header((image.height, image.width), image.mode in _GREY_MODES)
-
-
-def choose_size(headers: Iterable[Header], resolution: list[int] | None) -> tuple[int, int]:
-    """Height and width of the training images: `resolution` (one number or two), else the one size that all have.
-
-    Raises:
-        ValueError: for an impossible resolution, or mixed sizes without one.
-    """
-    if resolution is not None:
-        if len(resolution) not in (1, 2) or min(resolution) < 1:
-            raise ValueError(f"resolution={resolution} must be one size or a height and a width, each at least 1.")
-        return resolution[0], resolution[-1]
-    sizes = Counter(header.size for header in headers)
-    if len(sizes) > 1:
-        common = ", ".join(f"{width}x{height} ({count})" for (height, width), count in sizes.most_common(3))
-        raise ValueError(f"the images have {len(sizes)} different sizes: {common}, ...; choose one with resolution.")
-    return next(iter(sizes))
-
-
-def choose_channels(headers: Iterable[Header], channels: int | None) -> int:
-    """Channels of the training images: as asked, else 1 where all are grey and 3 where all are coloured.
-
-    Raises:
-        ValueError: for a number that is not 1, 3 or 4, or grey and coloured images mixed without one.
-    """
-    if channels is not None:
-        if channels not in MODES:
-            raise ValueError(f"channels={channels} must be 1 (grey), 3 (RGB) or 4 (RGBA).")
-        return channels
-    grey = Counter(header.grey for header in headers)
-    if len(grey) > 1:
-        raise ValueError(
-            f"{grey[True]} images are grey and {grey[False]} are coloured; choose channels=1 or channels=3."
-        )
-    return 1 if grey[True] else 3
+logger = logging.getLogger(__name__)
 
 
 # ---------------------------------------------------------------- the images
@@ -258,10 +95,10 @@ class ImageData:
         """Two disjoint parts, of len(self) - count and of count images, drawn by the seed.
 
         Raises:
-            ValueError: where nothing would be left to train on.
+            DataError: where nothing would be left to train on.
         """
         if not 0 <= count < len(self):
-            raise ValueError(f"holdout={count} must leave some of the {len(self)} images to train on.")
+            raise DataError(f"holdout={count} must leave some of the {len(self)} images to train on.")
         drawn = self.rows[torch.randperm(len(self), generator=generator(seed, "holdout"))]
         first, second = drawn[count:].sort().values, drawn[:count].sort().values
         return replace(self, rows=first), replace(self, rows=second)
@@ -309,76 +146,208 @@ def load_images(
             run finds them; None is half of the free memory.
 
     Raises:
-        ValueError: for anything that cannot become one tensor of images, in one sentence.
+        DataError: for anything that cannot become one tensor of images, in one sentence.
     """
     dataset = open_dataset(data, split)
     column = find_image_column(dataset, image_column)
     labels, names = read_labels(dataset, find_label_column(dataset, label_column)) if with_labels else (None, ())
-    cells = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-
-    headers = list(_map_column(read_header, cells, column))
-    readable = [header for header in headers if header.error is None]
-    if not readable:
-        raise ValueError(f"data={data!r} has no image that can be read in column {column!r} ({len(headers)} rows).")
-    size, channels = choose_size(readable, resolution), choose_channels(readable, channels)
-
-    shape = (len(cells), channels, *size)
-    max_memory = psutil.virtual_memory().available // 2 if max_memory is None else max_memory
-    if math.prod(shape) <= max_memory:
-        images = np.zeros(shape, np.uint8)
-        skipped = _decode_into(images, cells, column)
-    else:
-        images, skipped = _memory_mapped(shape, cells, column)
-    rows = torch.tensor([i for i in range(len(cells)) if i not in skipped], dtype=torch.long)
+    with explained(f"column {column!r} of data={data!r}"):
+        cells = Cells(dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False)), column)
+        images, skipped = _decode(cells, resolution, channels, max_memory)
     return ImageData(
         images=torch.from_numpy(images),
-        rows=rows,
+        rows=torch.tensor([i for i in range(len(cells)) if i not in skipped], dtype=torch.long),
         labels=labels,
         class_names=names,
         column=column,
-        skipped=tuple(f"row {i}: {reason}" for i, reason in skipped.items()),
+        skipped=tuple(f"row {i}: {why}" for i, why in skipped.items()),
         memory_mapped=isinstance(images, np.memmap),
     )
 
 
-def _map_column(function: Callable[[dict | None], T], cells: datasets.Dataset, column: str) -> Iterator[T]:
-    """`function` of every image cell, in order."""
-    for batch in cells.iter(batch_size=1024):
-        yield from map_cells(function, batch[column])
+# ---------------------------------------------------------------- decoding all of them
 
 
-def _decode_into(images: np.ndarray, cells: datasets.Dataset, column: str) -> dict[int, str]:
-    """Decode all cells into `images`, uint8 (N, C, H, W); return row -> reason of those that could not be read."""
-    channels, *size = images.shape[1:]
+@dataclass
+class Cells:
+    """The image column of a dataset, its cells not decoded."""
 
-    def decode(cell: dict | None) -> tuple[np.ndarray | None, str]:
-        try:
-            return to_array(open_image(cell), channels, tuple(size)), ""
-        except UNREADABLE as error:
-            return None, f"{(cell or {}).get('path') or 'no path'}: {error}"
+    dataset: datasets.Dataset
+    column: str
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[Cell]:
+        for batch in self.dataset.iter(batch_size=128):
+            yield from batch[self.column]
+
+    def map(self, function: Callable[[Cell], T], at_once: int = 128) -> Iterator[T | Unreadable]:
+        """`attempt` of every cell, in order, `at_once` of them at once."""
+        for batch in self.dataset.iter(batch_size=at_once):
+            yield from map_cells(function, batch[self.column])
+
+
+class Target(NamedTuple):
+    """What every image is to become."""
+
+    channels: int
+    size: tuple[int, int]
+    """height and width"""
+    common_size: tuple[int, int] | None
+    """the size that all images must have; None where others are resized"""
+    common_grey: bool | None
+    """whether all images must be grey, or coloured; None where they are converted"""
+
+    def takes(self, header: Header) -> bool:
+        """Whether an image is one of those that are expected."""
+        return self.common_size in (None, header.size) and self.common_grey in (None, header.grey)
+
+
+class MixedImages(Exception):
+    """An image differs from the first one, and nothing says what to do about it."""
+
+
+Skipped = dict[int, str]
+"""Row -> why its image could not be decoded."""
+
+
+def _decode(
+    cells: Cells, resolution: list[int] | None, channels: int | None, max_memory: int | None
+) -> tuple[np.ndarray, Skipped]:
+    """All images, in memory or memory-mapped; size and channels are those of the first where none are asked for."""
+    first = first_header(cells)
+    target = Target(
+        channels=choose_channels([first], channels),
+        size=choose_size([first], resolution),
+        common_size=None if resolution else first.size,
+        common_grey=None if channels else first.grey,
+    )
+    shape = (len(cells), target.channels, *target.size)
+    max_memory = psutil.virtual_memory().available // 2 if max_memory is None else max_memory
+    try:
+        if math.prod(shape) <= max_memory:
+            images = np.zeros(shape, np.uint8)
+            skipped = _decode_into(images, cells, target)
+        else:
+            images, skipped = _memory_mapped(shape, cells, target)
+    except MixedImages:
+        headers = [header for header in cells.map(read_header) if not isinstance(header, Unreadable)]
+        choose_size(headers, resolution)
+        choose_channels(headers, channels)
+        raise
+    if len(skipped) == len(cells):
+        raise ValueError(f"it has no image that can be read in {len(cells)} rows; the first is {skipped[0]}")
+    return images, skipped
+
+
+def _decode_into(images: np.ndarray, cells: Cells, target: Target) -> Skipped:
+    """Decode all cells into `images`, uint8 (N, C, H, W); what cannot be decoded stays zero.
+
+    Raises:
+        MixedImages: at the first image that the target does not take.
+    """
+
+    def decode(cell: Cell) -> tuple[Header, np.ndarray]:
+        image = open_image(cell)
+        return header_of(image), to_array(image, target.channels, target.size)
 
     skipped = {}
-    for i, (image, reason) in enumerate(_map_column(decode, cells, column)):
-        if image is None:
-            skipped[i] = reason
-        else:
-            images[i] = image
+    at_once = min(128, 1 + 2**28 // images[0].nbytes)
+    for i, result in enumerate(cells.map(decode, at_once)):
+        if isinstance(result, Unreadable):
+            skipped[i] = result.reason
+            continue
+        header, images[i] = result
+        if not target.takes(header):
+            raise MixedImages
     return skipped
 
 
-def _memory_mapped(shape: tuple[int, ...], cells: datasets.Dataset, column: str) -> tuple[np.ndarray, dict[int, str]]:
-    """The decoded images in a file of the datasets cache, decoded now or by an earlier run."""
+# ---------------------------------------------------------------- memory-mapped
+
+
+def _memory_mapped(shape: tuple[int, ...], cells: Cells, target: Target) -> tuple[np.ndarray, Skipped]:
+    """The decoded images in a file of the datasets cache, decoded now or by another run.
+
+    One run at a time decodes, into a file of another name, which takes its name when it is whole and on the disk.
+
+    Raises:
+        DataError: where the disk has no room for it, or it cannot be written.
+    """
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "ddpm_pipe"
-    path = folder / f"{cells._fingerprint}-{'x'.join(map(str, shape))}.npy"
-    notes = path.with_suffix(".json")  # written last: its presence says that the images are complete
-    if not notes.exists():
+    path = folder / f"{_content_key(cells, target)}-{'x'.join(map(str, shape))}.npy"
+    notes = path.with_suffix(".json")
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        images = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
-        skipped = _decode_into(images, cells, column)
-        images.flush()
-        notes.write_text(json.dumps(skipped))
-    skipped = {int(row): reason for row, reason in json.loads(notes.read_text()).items()}
-    return np.load(path, mmap_mode="r+"), skipped
+        with _locked(path.with_suffix(".lock")):
+            if not _is_whole(path, shape) or not notes.exists():
+                with whole_file(path) as new:
+                    images = _reserve(new, shape)
+                    replace_text(notes, json.dumps(_decode_into(images, cells, target)))
+                    images.flush()
+            return np.load(path, mmap_mode="r+"), {int(row): why for row, why in json.loads(notes.read_text()).items()}
+    except OSError as error:
+        raise DataError(f"the decoded images cannot be kept in {folder}: {reason(error)}") from error
+
+
+def _content_key(cells: Cells, target: Target) -> str:
+    """A name for the decoded images: another one with other files, another target, Pillow or rules of decoding."""
+    key = hashlib.sha256(repr((DECODING, PIL.__version__, target)).encode())
+    for cell in cells:
+        key.update(_content(cell))
+    return key.hexdigest()[:32]
+
+
+def _content(cell: Cell) -> bytes:
+    """What tells the file in a cell from any other: the hash of its bytes, or its path, size and time of change."""
+    if cell is None or cell["bytes"] is None:
+        path = (cell or {}).get("path")
+        try:
+            stat = os.stat((path or "").rpartition("::")[2])  # of the archive, for a file in one
+        except OSError:
+            return repr(path).encode()
+        return repr((path, stat.st_size, stat.st_mtime_ns)).encode()
+    return hashlib.sha256(cell["bytes"]).digest()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock, waiting for the run that has it."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("another run decodes the same images; this one waits for it.")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
+    """Whether a file holds an array of this shape to its last byte."""
+    try:
+        return np.load(path, mmap_mode="r").shape == shape
+    except (OSError, ValueError, EOFError):  # there is none, or it is shorter than it says
+        return False
+
+
+def _reserve(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """A new file for uint8 images (N, C, H, W), all of its space taken: without, a full disk ends the process.
+
+    Raises:
+        OSError: where the disk has no room for it.
+    """
+    needed, free = math.prod(shape), shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise OSError(f"they take {gib(needed)}, and {gib(free)} are free; choose a smaller resolution or streaming.")
+    images = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    return images
 
 
 # ---------------------------------------------------------------- batches
@@ -419,14 +388,3 @@ class Batches:
         if self.flip:
             x0 = flip_some(x0, torch.rand(self.batch_size, generator=generator(self.seed, "flip", step))[part])
         return x0, labels if labels is None else labels.to(device, non_blocking=True)
-
-
-def flip_some(images: Tensor, draws: Tensor) -> Tensor:
-    """Mirror the images (n, C, H, W) whose draw from [0, 1) is below 1/2."""
-    mirrored = (draws < 0.5).to(images.device, non_blocking=True)
-    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
-
-
-def to_unit_range(images: Tensor) -> Tensor:
-    """uint8 pixels 0 to 255 -> float32 in [-1, 1] (DDPM, section 3.3)."""
-    return images.float() / 127.5 - 1

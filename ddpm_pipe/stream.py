@@ -1,32 +1,39 @@
 """Data too large to decode at once: rows read one after another, shuffled in a buffer, decoded when they are used."""
 
 import itertools
+import math
 import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import datasets
 import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_pipe.data import (
-    UNREADABLE,
-    ImageData,
+from ddpm_pipe.data import ImageData
+from ddpm_pipe.images import (
+    Unreadable,
+    check_memory,
     choose_channels,
     choose_size,
-    find_image_column,
-    find_label_column,
+    first_header,
     flip_some,
     map_cells,
-    open_dataset,
     open_image,
-    read_header,
     to_array,
     to_unit_range,
 )
 from ddpm_pipe.randomness import derive_seed, generator
+from ddpm_pipe.sources import DataError, explained, find_image_column, find_label_column, is_label, open_dataset
+
+PATIENCE = 1000
+"""Rows in a row that cannot be read after which a stream is given up."""
+
+Example = tuple[np.ndarray, int]
+"""An image, uint8 (C, H, W), and its label, 0 where there are none."""
 
 
 @dataclass
@@ -38,6 +45,7 @@ class ImageStream:
         column, label_column: where the images and the labels are; no labels without the latter.
         class_names: names of the classes, by label.
         shape: (C, H, W) of the images.
+        skipped: one line for each image that could not be read until now.
     """
 
     rows: datasets.IterableDataset
@@ -45,37 +53,74 @@ class ImageStream:
     label_column: str | None
     class_names: tuple[str, ...]
     shape: tuple[int, int, int]
+    skipped: list[str] = field(default_factory=list)
 
-    def decode(self, rows: list[dict]) -> tuple[Tensor, Tensor | None]:
+    def decode(self, rows: list[dict], following: Iterable[dict] = ()) -> tuple[Tensor, Tensor | None]:
         """Images uint8 (n, C, H, W) and labels (n,) or None.
 
-        An unreadable image is reported and gives way to the readable one before it, so that a batch keeps its size.
+        What cannot be read is reported once and gives way to the first readable row after it, in `rows` or in
+        `following`: a batch keeps its size, and is the same however it is cut into parts.
 
         Raises:
-            ValueError: where none of them can be read.
+            DataError: where the last of the rows and PATIENCE after it cannot be read.
         """
+        chosen: list[Example] = []
+        for example in reversed(self._read(rows)):
+            if isinstance(example, Unreadable):
+                example = chosen[-1] if chosen else self._first_readable(following)
+            chosen.append(example)
+        return self._stack(chosen[::-1])
+
+    def _read(self, rows: list[dict]) -> list[Example | Unreadable]:
+        """Image and label of each row; what cannot be read is reported the first time."""
         channels, height, width = self.shape
+        images = map_cells(
+            lambda cell: to_array(open_image(cell), channels, (height, width)), [r[self.column] for r in rows]
+        )
+        examples: list[Example | Unreadable] = []
+        for row, image in zip(rows, images, strict=True):
+            label = 0 if self.label_column is None else row[self.label_column]
+            if not isinstance(image, Unreadable) and not is_label(label):
+                image = Unreadable(f"{row[self.column]['path'] or 'no path'}: there is no label")
+            if isinstance(image, Unreadable):
+                self._report(image)
+                examples.append(image)
+            else:
+                examples.append((image, label))
+        return examples
 
-        def read(cell: dict | None) -> np.ndarray | None:
-            try:
-                return to_array(open_image(cell), channels, (height, width))
-            except UNREADABLE as error:
-                warnings.warn(f"an image of the stream cannot be read: {error}", stacklevel=2)
-                return None
+    def _report(self, image: Unreadable) -> None:
+        if image.reason not in self.skipped:
+            self.skipped.append(image.reason)
+            warnings.warn(f"unreadable image {len(self.skipped)} of the stream: {image.reason}", stacklevel=3)
 
-        images = map_cells(read, [row[self.column] for row in rows])
-        readable = {i: image for i, image in enumerate(images) if image is not None}
-        if not readable:
-            raise ValueError(f"none of {len(rows)} images in a row of the stream can be read.")
-        chosen = [max((i for i in readable if i <= place), default=min(readable)) for place in range(len(rows))]
-        labels = None if self.label_column is None else torch.tensor([rows[i][self.label_column] for i in chosen])
-        return torch.from_numpy(np.stack([readable[i] for i in chosen])), labels
+    def _first_readable(self, rows: Iterable[dict]) -> Example:
+        for row in itertools.islice(rows, PATIENCE):
+            (example,) = self._read([row])
+            if not isinstance(example, Unreadable):
+                return example
+        raise DataError(f"an image of the stream and the next {PATIENCE} cannot be read; the last: {self.skipped[-1]}")
+
+    def _stack(self, examples: list[Example]) -> tuple[Tensor, Tensor | None]:
+        images = np.stack([image for image, _ in examples]) if examples else np.zeros((0, *self.shape), np.uint8)
+        labels = None if self.label_column is None else torch.tensor([label for _, label in examples], dtype=torch.long)
+        return torch.from_numpy(images), labels
 
     def hold_out(self, count: int, seed: int) -> tuple["ImageStream", ImageData]:
-        """The stream without its first `count` rows, and those as images in memory."""
-        images, labels = torch.zeros(0, *self.shape, dtype=torch.uint8), None
-        if count:
-            images, labels = self.decode(list(self.rows.take(count)))
+        """The stream without its first `count` rows, and the readable images among those, in memory.
+
+        Raises:
+            DataError: where they would fill the memory, or nothing would be left to train on.
+        """
+        if count < 0:
+            raise DataError(f"holdout={count} must be at least 0.")
+        check_memory(count * math.prod(self.shape), f"holdout={count}: keeping images out of training")
+        with explained("the stream"):
+            rows = list(self.rows.take(count + 1)) if count else []
+        if count and len(rows) <= count:
+            raise DataError(f"holdout={count} must leave some of the {len(rows)} images to train on.")
+        readable = [example for example in self._read(rows[:count]) if not isinstance(example, Unreadable)]
+        images, labels = self._stack(readable)
         held_out = ImageData(images, torch.arange(len(images)), labels, self.class_names, self.column)
         return replace(self, rows=self.rows.skip(count)), held_out
 
@@ -106,29 +151,25 @@ def stream_images(
 ) -> ImageStream:
     """Open a dataset as a stream; the arguments are those of `data.load_images`.
 
-    Size and channels are those of the first image where none are asked for; others are made to fit.
+    Size and channels are those of the first readable image where none are asked for; others are made to fit.
 
     Raises:
-        ValueError: where the stream holds no image, or labels are wanted that are not of the class-label type.
+        DataError: where the stream holds no image, or labels are wanted that are not of the class-label type.
     """
     rows = open_dataset(data, split, streaming=True)
-    first = next(iter(rows.decode(False)), None)
-    if first is None:
-        raise ValueError(f"data={data!r} is an empty stream.")
     column = find_image_column(rows, image_column)
+    label_column = find_label_column(rows, label_column) if with_labels else None
     names: tuple[str, ...] = ()
-    if with_labels:
-        label_column = find_label_column(rows, label_column)
+    if label_column is not None:
         if not isinstance(rows.features[label_column], datasets.ClassLabel):
-            raise ValueError(f"label_column={label_column!r} must be of the class-label type to be streamed.")
+            raise DataError(f"label_column={label_column!r} must be of the class-label type to be streamed.")
         names = tuple(rows.features[label_column].names)
-    header = read_header(first[column])
-    if header.error:
-        raise ValueError(f"the first image of data={data!r} cannot be read: {header.error}")
-    shape = (choose_channels([header], channels), *choose_size([header], resolution))
-    kept = [column, label_column] if with_labels else [column]
+    kept = [column, label_column] if label_column else [column]
     rows = rows.select_columns(kept).cast_column(column, datasets.Image(decode=False))
-    return ImageStream(rows, column, label_column if with_labels else None, names, shape)
+    with explained(f"data={data!r}"):
+        first = first_header(row[column] for row in itertools.islice(rows, PATIENCE))
+    shape = (choose_channels([first], channels), *choose_size([first], resolution))
+    return ImageStream(rows, column, label_column, names, shape)
 
 
 class StreamBatches:
@@ -150,23 +191,43 @@ class StreamBatches:
         self.buffer_size = buffer_size
         self._reader = ThreadPoolExecutor(1)  # one: it alone reads rows, in the order of the calls
         self._ahead: dict[tuple[int, int], Future] = {}
-        self._read: dict[int, list[dict]] = {}  # step -> its rows, for the last two steps
         self._rows = self._epochs()
+        self._first = 0  # number of the first row in _held, counted over the epochs
+        self._held: deque[dict] = deque()
 
     def _epochs(self) -> Iterator[dict]:
         for epoch in itertools.count():
             seed = derive_seed(self.seed, "order", epoch)
-            yield from self.stream.rows.shuffle(seed=seed, buffer_size=self.buffer_size)
+            with explained("the stream"):
+                rows = iter(self.stream.rows.shuffle(seed=seed, buffer_size=self.buffer_size))
+                first = next(rows, None)
+                if first is None:
+                    raise DataError("the stream has no rows to train on.")
+                yield first
+                yield from rows
+
+    def _seek(self, step: int) -> None:
+        """Let go of the rows before the step before this one; where its own are gone, read again from the start."""
+        if step * self.batch_size < self._first:
+            self._rows, self._first = self._epochs(), 0
+            self._held.clear()
+        while self._first < (step - 1) * self.batch_size:
+            self._row(self._first)
+            self._held.popleft()
+            self._first += 1
+
+    def _row(self, number: int) -> dict:
+        """A row that is not let go of yet, read now or before."""
+        while number >= self._first + len(self._held):
+            self._held.append(next(self._rows))
+        return self._held[number - self._first]
 
     def _decode(self, step: int, part: slice) -> tuple[Tensor, Tensor | None]:
         """A part of the rows of a step as images and labels, in the reader's thread."""
-        last = max(self._read, default=-1)
-        if step < last and step not in self._read:
-            self._read, self._rows, last = {}, self._epochs(), -1
-        for reading in range(last + 1, step + 1):
-            self._read[reading] = list(itertools.islice(self._rows, self.batch_size))
-            self._read.pop(reading - 2, None)
-        return self.stream.decode(self._read[step][part])
+        self._seek(step)
+        numbers = range(step * self.batch_size, (step + 1) * self.batch_size)[part]
+        rows = [self._row(number) for number in numbers]
+        return self.stream.decode(rows, map(self._row, itertools.count(numbers.stop)))
 
     def __call__(self, step: int, part: slice, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor | None]:
         """A part of the batch of optimizer step `step`: x0 in [-1, 1], (n, C, H, W), and labels (n,) or None."""

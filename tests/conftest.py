@@ -1,6 +1,7 @@
 import os
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -35,9 +36,10 @@ def recipe(tmp_path, fresh_accelerate):
 
 @pytest.fixture(scope="session")
 def few_images(tmp_path_factory, repo) -> str:
-    """A folder of 60 of the bundled images, quickly read."""
+    """A folder of 60 of the bundled images, quickly read, as either split."""
     folder = tmp_path_factory.mktemp("data") / "few"
-    open_dataset(str(repo / "examples" / "fashion_mnist"), "test").select(range(60)).save_to_disk(folder)
+    few = open_dataset(str(repo / "examples" / "fashion_mnist"), "test").select(range(60))
+    datasets.DatasetDict(train=few, test=few).save_to_disk(folder)
     return str(folder)
 
 

@@ -1,17 +1,26 @@
 """Images in, uint8 tensors out; order as a function of the seed; every bad input one sentence."""
 
-import io
+import os
+import resource
 import shutil
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import datasets
 import numpy as np
+import PIL
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
+from broken_images import BROKEN, encoded
 from PIL import Image
 
-from ddpm_pipe.data import Batches, ImageData, load_images, map_cells, open_image, to_array, to_unit_range
+from ddpm_pipe.data import Batches, ImageData, _reserve, load_images
+from ddpm_pipe.images import Unreadable, attempt, map_cells, open_image, to_array, to_unit_range
 from ddpm_pipe.stream import stream_images
 
 RED, GREY = (200, 30, 40), 90
@@ -26,6 +35,14 @@ def folder(path: Path, *images: Image.Image, suffix: str = "png") -> str:
     path.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(images):
         picture.save(path / f"{i}.{suffix}")
+    return str(path)
+
+
+def raw_parquet(path: Path, *contents: bytes | None) -> str:
+    """Image files in a table written without datasets."""
+    cells = [{"bytes": content, "path": None} for content in contents]
+    column = pyarrow.array(cells, pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()}))
+    pyarrow.parquet.write_table(pyarrow.table({"image": column}), path)
     return str(path)
 
 
@@ -81,8 +98,6 @@ def test_every_form_gives_the_same_images(tmp_path, form):
             .with_format("arrow")[:]
             .replace_schema_metadata(None)
         )
-        import pyarrow.parquet
-
         pyarrow.parquet.write_table(raw, path := path.with_suffix(".parquet"))
     elif form == "dataset_dict":
         datasets.DatasetDict(train=table).save_to_disk(path)
@@ -118,6 +133,22 @@ def test_bundled_images():
 def test_sixteen_bit_greys_are_scaled_to_eight():
     values = np.array([[0, 257, 65535, 32768]], dtype=np.uint16)
     assert to_array(Image.fromarray(values), 1, (1, 4)).tolist() == [[[0, 1, 255, 128]]]
+
+
+def test_floats_are_greys_from_0_to_1():
+    values = np.array([[0, 0.25, 1, 0.5]], dtype=np.float32)
+    assert to_array(Image.fromarray(values), 1, (1, 4)).tolist() == [[[0, 64, 255, 128]]]
+
+
+@pytest.mark.parametrize("values", [[0, 255], [-0.1, 1], [0, float("nan")], [0, float("inf")]])
+def test_floats_outside_0_to_1_are_refused_and_not_guessed_at(values):
+    with pytest.raises(ValueError, match="outside the range 0 to 1 of their type"):
+        to_array(Image.fromarray(np.array([values], dtype=np.float32)), 1, (1, 2))
+
+
+def test_integers_beyond_16_bits_are_refused():
+    with pytest.raises(ValueError, match="0 to 70000, lie outside the range 0 to 65535"):
+        to_array(Image.fromarray(np.array([[0, 70_000]], dtype=np.int32)), 1, (1, 2))
 
 
 def test_transparency_is_laid_over_white_unless_four_channels_are_asked_for():
@@ -178,6 +209,30 @@ def test_corrupt_images_are_skipped_and_listed(tmp_path):
     assert torch.equal(images[1], pixels(image(seed=3)))
 
 
+@pytest.mark.parametrize("kind", BROKEN)
+def test_whatever_a_decoder_raises_skips_that_image_alone(tmp_path, kind):
+    whole = [image(seed=i) for i in range(3)]
+    contents = [encoded(whole[0]), BROKEN[kind], encoded(whole[1]), encoded(whole[2])]
+    data = load_images(raw_parquet(tmp_path / "data.parquet", *contents))
+    assert data.rows.tolist() == [0, 2, 3] and "1 unreadable images skipped:\n  row 1: " in data.describe()
+    assert torch.equal(data.take(torch.arange(3))[0], torch.stack([pixels(picture) for picture in whole]))
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_the_first_image_may_be_a_broken_one(tmp_path, kind):
+    data = load_images(raw_parquet(tmp_path / "data.parquet", BROKEN[kind], encoded(image("L"))))
+    assert data.shape == (1, 6, 8) and len(data) == 1
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_what_is_not_the_fault_of_the_file_is_not_skipped(error):
+    def decode(cell):
+        raise error
+
+    with pytest.raises(error):
+        attempt(decode, {"bytes": b"", "path": None})
+
+
 def _mixed_sizes(path):
     return {"data": folder(path, image(size=(8, 8)), image(size=(9, 8)))}
 
@@ -219,7 +274,8 @@ def _two_image_columns(path):
         (_mixed_modes, {"image_column": "picture"}, "image_column='picture' is not in the data.*image"),
         (_mixed_modes, {"label_column": "kind", "with_labels": True}, "label_column='kind' is not in the data"),
         (_mixed_modes, {"with_labels": True}, "0 columns hold class labels"),
-        (_mixed_modes, {"split": "dev"}, "split='dev' could not be read"),
+        (_mixed_modes, {"split": "dev"}, "split='dev' could not be read: Unknown split"),
+        (_mixed_modes, {"resolution": [10**6]}, r"resolution=\[1000000\].* takes .* GiB of memory, and .* are free"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, arrange, options, sentence):
@@ -241,6 +297,155 @@ def test_memory_mapped_images_are_the_same_and_are_decoded_once(tmp_path, monkey
     monkeypatch.setattr("ddpm_pipe.data._decode_into", None)  # would fail if it were decoded again
     again = load_images(path, max_memory=0)
     assert torch.equal(again.images, mapped.images) and again.skipped == mapped.skipped
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty datasets cache for what is memory-mapped."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache" / "ddpm_pipe"
+
+
+def decoded(cache: Path) -> int:
+    """Files of decoded images in the cache."""
+    return len(list(cache.glob("*.npy")))
+
+
+def test_what_is_decoded_otherwise_is_decoded_again(tmp_path, cache, monkeypatch):
+    path = folder(tmp_path / "images", image(seed=0), image(seed=1))
+    load_images(path, max_memory=0)
+    image(seed=2).save(tmp_path / "images" / "1.png")
+    assert torch.equal(load_images(path, max_memory=0).images[1], pixels(image(seed=2)))
+    assert decoded(cache) == 2
+    load_images(path, channels=3, max_memory=0)  # the same pixels, but grey images would be taken too
+    assert decoded(cache) == 3
+    monkeypatch.setattr(PIL, "__version__", "0")
+    load_images(path, max_memory=0)
+    assert decoded(cache) == 4
+    monkeypatch.setattr("ddpm_pipe.data.DECODING", 0)
+    load_images(path, max_memory=0)
+    assert decoded(cache) == 5
+
+
+def test_sizes_that_were_resized_for_another_run_are_still_mixed(tmp_path, cache):
+    path = folder(tmp_path / "images", image(size=(8, 6)), image(size=(9, 6)))
+    load_images(path, resolution=[6, 8], max_memory=0)
+    with pytest.raises(ValueError, match="2 different sizes"):
+        load_images(path, max_memory=0)
+
+
+@pytest.mark.parametrize("damage", ["shorter", "empty", "no notes"])
+def test_a_damaged_file_of_decoded_images_is_made_again(tmp_path, cache, damage):
+    path = folder(tmp_path / "images", *[image(seed=i) for i in range(4)])
+    whole = load_images(path, max_memory=0).images.clone()
+    (file,) = cache.glob("*.npy")
+    if damage == "no notes":
+        file.with_suffix(".json").unlink()
+        file.write_bytes(bytes(file.stat().st_size))
+    else:
+        os.truncate(file, {"shorter": file.stat().st_size - 1, "empty": 0}[damage])
+    assert torch.equal(load_images(path, max_memory=0).images, whole)
+
+
+DECODER = """
+import sys, time
+from pathlib import Path
+from ddpm_pipe import data
+
+signs, count = Path(sys.argv[2]), 0
+
+def to_array(*args, decode=data.to_array):
+    global count
+    count += 1
+    if count == 3:
+        signs.with_suffix(".waiting").touch()
+        while not signs.with_suffix(".go").exists():
+            time.sleep(0.01)
+    return decode(*args)
+
+data.to_array = to_array
+data.load_images(sys.argv[1], max_memory=0)
+"""
+"""A process that decodes a folder into the cache, and waits at the third image until it is told to go on."""
+
+
+@pytest.fixture
+def decoders(tmp_path, cache):
+    """Starts such processes by name, and ends them."""
+    processes = []
+
+    def start(path: str, name: str) -> subprocess.Popen:
+        environment = os.environ | {"HF_DATASETS_CACHE": str(cache.parent)}
+        command = [sys.executable, "-c", DECODER, path, str(tmp_path / name)]
+        with (tmp_path / f"{name}.log").open("w") as log:
+            processes.append(subprocess.Popen(command, env=environment, stderr=log))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_second_run_neither_overwrites_nor_repeats_what_the_first_decodes(tmp_path, decoders):
+    path = folder(tmp_path / "images", *[image(seed=i) for i in range(8)])
+    in_memory = load_images(path).images
+    first = decoders(path, "first")
+    wait_for((tmp_path / "first.waiting").exists)
+    second = decoders(path, "second")
+    decodes, log = tmp_path / "second.waiting", tmp_path / "second.log"
+    wait_for(lambda: decodes.exists() or "waits for it" in log.read_text())
+    (tmp_path / "first.go").touch()
+    assert first.wait(120) == 0
+    if decodes.exists():  # it decodes into the file that the first one has finished
+        second.kill()
+    second.wait(120)
+    assert torch.equal(load_images(path, max_memory=0).images, in_memory)
+    assert not decodes.exists() and second.returncode == 0
+
+
+def test_a_run_killed_while_decoding_leaves_nothing_that_passes_for_images(tmp_path, decoders, cache):
+    path = folder(tmp_path / "images", *[image(seed=i) for i in range(8)])
+    first = decoders(path, "first")
+    wait_for((tmp_path / "first.waiting").exists)
+    first.kill()
+    first.wait()
+    assert decoded(cache) == 0
+    assert torch.equal(load_images(path, max_memory=0).images, load_images(path).images)
+
+
+def test_images_that_the_disk_has_no_room_for_are_one_sentence(tmp_path, cache):
+    free = shutil.disk_usage(tmp_path).free
+    count = 2 + free // 2048**2
+    path = raw_parquet(tmp_path / "data.parquet", *[encoded(Image.new("L", (1, 1)))] * count)
+    with pytest.raises(ValueError, match=r"cannot be kept in .*: they take .* GiB, and .* GiB are free"):
+        load_images(path, resolution=[2048], max_memory=0)
+    assert not any(file.suffix in (".npy", ".new") for file in cache.iterdir())
+
+
+def test_a_disk_that_fills_up_is_one_sentence(tmp_path, cache):
+    path = folder(tmp_path / "images", *[image(size=(128, 128), seed=i) for i in range(4)])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(ValueError, match="cannot be kept in"):
+            load_images(path, max_memory=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(load_images(path, max_memory=0)) == 4
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot reserve space")
+def test_the_space_for_decoded_images_is_taken_before_they_are_decoded(tmp_path):
+    images = _reserve(tmp_path / "images.npy", (10, 3, 64, 64))
+    assert os.stat(tmp_path / "images.npy").st_blocks * 512 >= images.nbytes
 
 
 def numbered(count: int, **kwargs) -> ImageData:
@@ -298,11 +503,7 @@ def test_half_of_the_images_are_mirrored():
 @pytest.mark.parametrize(("size", "in_threads"), [(8, False), (200, True)])
 def test_only_large_files_are_decoded_in_threads(size, in_threads):
     noise = np.random.default_rng(0).integers(0, 256, (20, size, size), np.uint8)
-    cells = []
-    for image in noise:
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "png")
-        cells.append({"bytes": buffer.getvalue(), "path": None})
+    cells = [{"bytes": encoded(Image.fromarray(image)), "path": None} for image in noise]
     threads = set()
 
     def decode(cell):
@@ -311,3 +512,12 @@ def test_only_large_files_are_decoded_in_threads(size, in_threads):
 
     assert np.array_equal(map_cells(decode, cells), noise)
     assert (threading.main_thread() not in threads) == in_threads
+
+
+def test_what_fails_in_threads_stands_in_its_place(tmp_path):
+    path = folder(tmp_path, *[image(seed=i) for i in range(200)])
+    cells = [{"bytes": None, "path": f"{path}/{i}.png"} for i in range(200)]
+    cells[77] = cells[123] = None
+    found = map_cells(lambda cell: np.asarray(open_image(cell)), cells)
+    assert [i for i, result in enumerate(found) if isinstance(result, Unreadable)] == [77, 123]
+    assert all(np.array_equal(found[i], np.asarray(image(seed=i))) for i in (0, 76, 78, 122, 124, 199))

@@ -6,8 +6,11 @@ import threading
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
+from broken_images import BROKEN, encoded
 from PIL import Image
 
 from ddpm_pipe.data import load_images
@@ -81,18 +84,115 @@ def test_webdataset_shards_give_the_same_images_streamed_or_not(tmp_path):
     assert sorted(numbers(batches(0, slice(0, 10))[0])) == list(range(10))
 
 
-def test_an_unreadable_image_gives_way_to_the_one_before_it_and_is_reported(tmp_path):
-    rows = []
-    for number in range(4):
-        content = io.BytesIO()
-        picture(number).save(content, "PNG")
-        rows.append({"bytes": b"no picture" if number == 2 else content.getvalue(), "path": None})
-    table = datasets.Dataset.from_dict({"image": rows}).cast_column("image", datasets.Image())
-    table.to_parquet(tmp_path / "data.parquet")
-    stream = stream_images(str(tmp_path / "data.parquet"))
-    with pytest.warns(UserWarning, match="cannot be read"):
+def raw_parquet(path, *contents: bytes | None) -> str:
+    """Image files in a table written without datasets."""
+    cells = [{"bytes": content, "path": None} for content in contents]
+    column = pyarrow.array(cells, pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()}))
+    pyarrow.parquet.write_table(pyarrow.table({"image": column}), path / "data.parquet")
+    return str(path / "data.parquet")
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_whatever_a_decoder_raises_an_image_gives_way_to_the_next_one_and_is_reported(tmp_path, kind):
+    whole = [encoded(picture(number)) for number in range(4)]
+    stream = stream_images(raw_parquet(tmp_path, *whole[:2], BROKEN[kind], whole[3]))
+    with pytest.warns(UserWarning, match="unreadable image 1 of the stream"):
         images, _ = stream.decode(list(stream.rows))
-    assert images[:, 0, 0, 0].tolist() == [0, 1, 1, 3]
+    assert images[:, 0, 0, 0].tolist() == [0, 1, 3, 3]
+    assert len(stream.skipped) == 1
+
+
+@pytest.mark.filterwarnings("ignore:unreadable image")
+@pytest.mark.parametrize("broken", [(2,), (0, 1, 2, 3, 4, 5), (7, 8, 9), (0, 3, 4, 9)])
+def test_broken_images_leave_the_order_of_the_rest_and_no_step_without_images(tmp_path, broken):
+    contents = [encoded(picture(number)) for number in range(10)]
+    stream = stream_images(raw_parquet(tmp_path, *contents))
+    order = [number for step in range(10) for number in numbers(StreamBatches(stream, 4, seed=0)(step, slice(0, 4))[0])]
+    for number in broken:
+        contents[number] = b"no picture"
+    damaged = stream_images(raw_parquet(tmp_path, *contents))
+    drawn = [number for step in range(5) for number in numbers(StreamBatches(damaged, 4, seed=0)(step, slice(0, 4))[0])]
+    assert drawn == [next(number for number in order[place:] if number not in broken) for place in range(20)]
+
+
+@pytest.mark.filterwarnings("ignore:unreadable image")
+def test_parts_make_up_the_batch_where_images_are_broken(tmp_path):
+    contents = [b"no picture" if number % 3 else encoded(picture(number)) for number in range(30)]
+    stream = stream_images(raw_parquet(tmp_path, *contents))
+    whole, parts = StreamBatches(stream, 6, seed=0), StreamBatches(stream, 6, seed=0)
+    for step in (0, 1, 2, 7, 3):
+        drawn = [numbers(parts(step, slice(place, place + 1))[0]) for place in range(6)]
+        assert [number for (number,) in drawn] == numbers(whole(step, slice(0, 6))[0])
+
+
+@pytest.mark.filterwarnings("ignore:unreadable image")
+def test_a_stream_of_broken_images_is_given_up_in_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("ddpm_pipe.stream.PATIENCE", 8)
+    contents = [encoded(picture(0))] + [b"no picture"] * 50
+    train, _ = stream_images(raw_parquet(tmp_path, *contents)).hold_out(1, seed=0)
+    with pytest.raises(ValueError, match=r"an image of the stream and the next 8 cannot be read; the last: no path"):
+        StreamBatches(train, 4, seed=0)(0, slice(0, 4))
+
+
+def test_the_first_readable_image_tells_size_and_channels(tmp_path):
+    contents = [None, b"no picture", encoded(picture(0))]
+    assert stream_images(raw_parquet(tmp_path, *contents)).shape == (1, 4, 4)
+    with pytest.raises(
+        ValueError, match="no image that can be read in 2 rows; the first is no path: there is no image"
+    ):
+        stream_images(raw_parquet(tmp_path, *contents[:2]))
+
+
+@pytest.mark.parametrize("missing", [None, -1])
+def test_a_row_without_a_label_gives_way_to_the_next_one(tmp_path, missing):
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["even", "odd"]))
+    rows = {"image": [picture(n) for n in range(4)], "label": [0, missing, 0, 1]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data.parquet")
+    stream = stream_images(str(tmp_path / "data.parquet"), with_labels=True)
+    with pytest.warns(UserWarning, match="there is no label"):
+        images, labels = stream.decode(list(stream.rows))
+    assert images[:, 0, 0, 0].tolist() == [0, 2, 2, 3] and labels.tolist() == [0, 0, 0, 1]
+
+
+@pytest.mark.filterwarnings("ignore:unreadable image")
+def test_broken_images_are_not_held_out(tmp_path):
+    contents = [encoded(picture(number)) for number in range(6)]
+    contents[1] = b"no picture"
+    train, held_out = stream_images(raw_parquet(tmp_path, *contents)).hold_out(3, seed=0)
+    assert held_out.images[:, 0, 0, 0].tolist() == [0, 2]
+    assert set(numbers(StreamBatches(train, 6, seed=0)(0, slice(0, 6))[0])) == {3, 4, 5}
+
+
+@pytest.mark.parametrize(
+    ("count", "sentence"),
+    [
+        (10, "holdout=10 must leave some of the 10 images to train on"),
+        (11, "holdout=11 must leave some of the 10 images to train on"),
+        (-1, "holdout=-1 must be at least 0"),
+        (10**15, "holdout=1000000000000000: .* takes .* GiB of memory, and .* are free"),
+    ],
+)
+def test_a_holdout_that_leaves_nothing_is_one_sentence(stream, count, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        stream.hold_out(count, seed=0)
+
+
+def test_a_stream_whose_rows_are_gone_ends_in_one_sentence(stream):
+    stream.rows = stream.rows.skip(10)
+    with pytest.raises(ValueError, match="the stream has no rows to train on"):
+        StreamBatches(stream, 4, seed=0)(0, slice(0, 4))
+
+
+def test_a_file_that_breaks_off_while_it_is_streamed_is_one_sentence(tmp_path):
+    rng = np.random.default_rng(0)
+    contents = [encoded(Image.fromarray(rng.integers(0, 256, (64, 64), np.uint8))) for _ in range(40)]
+    path = raw_parquet(tmp_path, *contents)
+    stream = stream_images(path)
+    with open(path, "r+b") as file:
+        file.seek(4)
+        file.write(rng.bytes(2000))
+    with pytest.raises(ValueError, match="the stream could not be read"):
+        StreamBatches(stream, 4, seed=0)(0, slice(0, 4))
 
 
 def test_other_sizes_are_made_to_fit_the_first(tmp_path):
@@ -109,7 +209,8 @@ def test_other_sizes_are_made_to_fit_the_first(tmp_path):
     [
         ({"image_column": "picture"}, "image_column='picture' is not in the data"),
         ({"with_labels": True, "label_column": "number"}, "label_column='number' must be of the class-label type"),
-        ({"split": "dev"}, "could not be read"),
+        ({"split": "dev"}, "split='dev' could not be read"),
+        ({"resolution": [10**6]}, r"resolution=\[1000000\].* takes .* GiB of memory, and .* are free"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, options, sentence):
@@ -122,9 +223,9 @@ def test_bad_input_is_one_sentence(tmp_path, options, sentence):
 def test_the_next_step_is_read_while_the_network_is_at_work(stream, monkeypatch):
     read, decode = threading.Semaphore(0), type(stream).decode
 
-    def counted(self, rows):
+    def counted(self, *rows):
         read.release()
-        return decode(self, rows)
+        return decode(self, *rows)
 
     monkeypatch.setattr(type(stream), "decode", counted)
     batches = StreamBatches(stream, 4, seed=0)

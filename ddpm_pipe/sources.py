@@ -1,0 +1,375 @@
+"""Finding images: a dataset id, a file or a folder -> a dataset with a column of images and perhaps one of classes."""
+
+import glob
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from torch import Tensor
+
+AnyDataset = Any
+"""`datasets.Dataset` or `datasets.IterableDataset`."""
+
+FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".zip": "imagefolder"}
+"""Suffix of a file -> the loader of datasets that reads it."""
+
+
+class DataError(ValueError):
+    """Data cannot become images; the message says what is wrong with which data."""
+
+
+def reason(error: BaseException) -> str:
+    """What is at the root of an exception, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split())
+    if text and isinstance(error, ValueError | OSError):  # these speak for themselves
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn whatever a loader raises into one sentence.
+
+    A loader meets files, archives, disks and networks, each with exceptions of its own; all but a lack of memory are
+    the fault of what it reads.
+
+    Raises:
+        DataError: naming `what` and the reason.
+    """
+    try:
+        yield
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:
+        raise DataError(f"{what} could not be read: {reason(error)}") from error
+
+
+# ---------------------------------------------------------------- opening
+
+
+def open_dataset(data: str, split: str = "train", streaming: bool = False) -> AnyDataset:
+    """Open a dataset wherever it is.
+
+    Args:
+        data: a folder of images (class subfolders become labels), of parquet files or of `Dataset.save_to_disk`; a
+            parquet, arrow, tar or zip file or a glob of such files; or the id of a dataset on the Hub.
+        split: which split, or an instruction of datasets such as "train[:10%]". A file, a glob, a saved `Dataset` and
+            a folder of images without a subfolder for each split have one split, "train".
+        streaming: read it row by row instead of as a whole.
+
+    Raises:
+        DataError: where there is nothing to read, or no such split, naming what was looked for.
+    """
+    if not data:
+        raise DataError("data='' names nothing; give a folder of images, a parquet or arrow file or a dataset id.")
+    with explained(f"data={data!r} with split={split!r}"):
+        path = Path(data).expanduser()
+        if path.is_dir():
+            return _open_folder(data, path, split, streaming)
+        loader, options = FILE_FORMATS.get(path.suffix.lower()), {"path": data}
+        if path.is_file() and loader is None:
+            raise DataError(f"data={data!r} is a file of an unknown kind; known are {', '.join(FILE_FORMATS)}.")
+        try:
+            if loader is not None:
+                options = {"path": loader, "data_files": data if "://" in data else _find_files(path)}
+            return datasets.load_dataset(**options, split=split, streaming=streaming)
+        except (HFValidationError, HfHubHTTPError, OSError) as error:
+            if path.is_file():
+                raise
+            raise DataError(
+                f"data={data!r} is neither a file nor a folder here, nor could it be read from the Hub "
+                f"({reason(error)}); give a folder of images, a parquet or arrow file or a dataset id."
+            ) from error
+
+
+def _find_files(path: Path) -> str:
+    """The pattern of the files that a path or a glob stands for.
+
+    Raises:
+        FileNotFoundError: where there are none.
+        DataError: for a tar file cut off between two of its files, which would be read as a shorter one.
+    """
+    pattern = glob.escape(str(path)) if path.is_file() else str(path)
+    files = glob.glob(pattern, recursive=True)
+    if not files:
+        raise FileNotFoundError(f"there is no file {path}")
+    for file in files:
+        if file.endswith(".tar") and not _ends_with_zeros(file):
+            raise DataError(f"{file} is truncated: a tar file ends with 1024 zeros.")
+    return pattern
+
+
+def _ends_with_zeros(file: str) -> bool:
+    with open(file, "rb") as handle:
+        handle.seek(-min(1024, os.path.getsize(file)), os.SEEK_END)
+        return handle.read() == bytes(1024)
+
+
+def _open_folder(data: str, path: Path, split: str, streaming: bool) -> AnyDataset:
+    """A split of a folder: one saved by datasets, of images, or of files that datasets finds."""
+    if (path / "config.yaml").is_file() and ((path / "checkpoints").is_dir() or (path / "plan.json").is_file()):
+        raise DataError(f"data={data!r} is the folder of a training run; give a folder of images.")
+    if saved := _load_saved(path):
+        found = take_split(saved, split)
+        return found.to_iterable_dataset() if streaming else found
+    if listed := list_images(path):
+        found = take_split(listed, split)
+        return _stream_files(found) if streaming else found
+    if glob.has_magic(str(path.resolve())):
+        raise DataError(
+            f"data={data!r} is no folder of plain images, and the loader for others takes *, ? and [ in its name for "
+            "wildcards; rename it."
+        )
+    try:
+        return datasets.load_dataset(str(path), split=split, streaming=streaming)
+    except FileNotFoundError as error:
+        raise DataError(f"data={data!r} is a folder without images or parquet files.") from error
+
+
+def _load_saved(path: Path) -> dict[str, datasets.Dataset]:
+    """The splits that `save_to_disk` wrote into a folder; none where it did not."""
+    if not (path / "dataset_dict.json").is_file() and not (path / "state.json").is_file():
+        return {}
+    found = datasets.load_from_disk(str(path))
+    return found if isinstance(found, datasets.DatasetDict) else {"train": found}
+
+
+def take_split(splits: dict[str, datasets.Dataset], split: str) -> datasets.Dataset:
+    """The rows that an instruction of datasets names: "train", "train[:10%]", "train+test".
+
+    Raises:
+        ValueError: for a split that there is not, naming those that there are.
+    """
+    rows = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(part) for name, part in splits.items()})
+    parts = [splits[part.splitname].select(range(len(splits[part.splitname]))[part.from_ : part.to]) for part in rows]
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+
+# ---------------------------------------------------------------- a folder of images
+
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_WORDS = {word: (split, rank) for split, words in _SPLITS.items() for rank, word in enumerate(words)}
+_SPLIT_WORD = re.compile(rf"(?<![^-._ 0-9])({'|'.join(_WORDS)})(?![^-._ 0-9])")
+"""A word that names a split, between the ends of a name, hyphens, dots, underscores, spaces and digits."""
+
+_IMAGE_SUFFIXES = {form for suffix in ImageFolder.EXTENSIONS for form in (suffix, suffix.upper())}
+_OTHER_DATA = tuple(f"/{name}" for name in ImageFolder.METADATA_FILENAMES) + tuple(FILE_FORMATS)
+_DESCRIPTIONS = ("dataset_infos.json", ".huggingface.yaml")
+
+
+def list_images(folder: Path) -> dict[str, datasets.Dataset]:
+    """The images in a folder and its subfolders: split -> "image", and "label" where each subfolder is a class.
+
+    Splits, classes and order are those of the imagefolder loader of datasets, which needs 1 ms of CPU for each file at
+    every start. Folders that it reads by other rules are left to it: with other data or metadata beside the images,
+    with a description of the data, or where a name speaks of two splits.
+
+    Returns:
+        Nothing for such folders, and where there are no images.
+
+    Raises:
+        OSError: where a folder cannot be listed.
+        DataError: for a file name that is not UTF-8.
+    """
+    files = sorted(_walk(str(folder.resolve()), ""))
+    if any(f"/{file}".endswith(_OTHER_DATA) for file in files) or _is_described(folder):
+        return {}
+    images = [file for file in files if os.path.splitext(file)[1] in _IMAGE_SUFFIXES]
+    splits = _by_split(images)
+    if not splits:
+        return {}
+    classes = _classes(splits)
+    return {split: _to_dataset(folder.resolve(), files, classes) for split, files in splits.items()}
+
+
+def _walk(folder: str, prefix: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Paths of all files in a folder, relative to it, but for hidden ones and those in `__folders`; links are followed,
+    though not to a folder `above`."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_file():
+            yield prefix + entry.name
+        elif entry.is_dir() and not entry.name.startswith("__"):
+            yield from _walk(entry.path, f"{prefix}{entry.name}/", (*above, real))
+
+
+def _is_described(folder: Path) -> bool:
+    """Whether a card or another file tells datasets how to read the folder."""
+    card = folder / "README.md"
+    described = any((folder / name).exists() for name in _DESCRIPTIONS)
+    return described or (card.is_file() and card.read_bytes().startswith(b"---"))
+
+
+def _by_split(images: list[str]) -> dict[str, list[str]]:
+    """Split -> its images: by the names of folders if any is that of a split, else by those of files, else all train.
+
+    Within a split, those whose name is the plain word come first, then those that begin with it, and so on for each
+    word. Nothing is returned where a name speaks of two splits, or is that of a shard.
+    """
+    if any(re.match(r"data/[^/]*-\d{5}-of-\d{5}[^/]*\.", image) for image in images):
+        return {}
+    for names in (lambda path: path.split("/")[:-1], lambda path: path.split("/")[-1:]):
+        found = defaultdict(list)
+        for image in images:
+            words = [(name, word) for name in names(image) for word in _SPLIT_WORD.findall(name)]
+            if len(words) > 1:
+                return {}
+            for name, word in words:
+                split, rank = _WORDS[word]
+                found[split].append((rank, not name.startswith(word), not name.endswith(word), image))
+        if found:
+            return {split: [image for *_, image in sorted(found[split])] for split in _SPLITS if split in found}
+    return {"train": images} if images else {}
+
+
+def _classes(splits: dict[str, list[str]]) -> list[str]:
+    """Names of the classes, sorted.
+
+    There are none where images lie at several depths, or all those of the first split in folders of one name.
+    """
+    depths = {image.count("/") for images in splits.values() for image in images}
+    names = {split: {_folder_name(image) for image in images} for split, images in splits.items()}
+    if len(depths) > 1 or len(next(iter(names.values()))) < 2:
+        return []
+    return sorted(set.union(*names.values()))
+
+
+def _folder_name(image: str) -> str:
+    return os.path.basename(os.path.dirname(image))
+
+
+def _to_dataset(folder: Path, images: list[str], classes: list[str]) -> datasets.Dataset:
+    """A dataset of image files, with the names of their folders as labels where there are classes."""
+    columns: dict[str, list] = {"image": [f"{folder}/{image}" for image in images]}
+    features = datasets.Features(image=datasets.Image())
+    if classes:
+        number = {name: label for label, name in enumerate(classes)}
+        columns["label"] = [number[_folder_name(image)] for image in images]
+        features["label"] = datasets.ClassLabel(names=classes)
+    try:
+        return datasets.Dataset.from_dict(columns, features)
+    except UnicodeEncodeError as error:
+        raise DataError(f"the name of {error.object!r} is not UTF-8; rename it.") from error
+
+
+def _stream_files(images: datasets.Dataset) -> datasets.IterableDataset:
+    """Listed images as a stream, shuffled as that of the imagefolder loader: by rows, not by tables."""
+    rows = images.cast_column("image", datasets.Image(decode=False))
+    return datasets.IterableDataset.from_generator(_rows, images.features, gen_kwargs={"dataset": rows})
+
+
+def _rows(dataset: datasets.Dataset) -> Iterator[dict]:
+    yield from dataset
+
+
+# ---------------------------------------------------------------- columns
+
+
+def find_image_column(dataset: AnyDataset, name: str | None = None) -> str:
+    """The column that holds the images: `name` if given, else the only one that looks like it.
+
+    Raises:
+        DataError: for an unknown column or one of another type, or where none or several hold images.
+    """
+    features = dataset.features or {}
+    columns = ", ".join(features)
+    if name is not None:
+        if name not in features:
+            raise DataError(f"image_column={name!r} is not in the data; its columns are {columns}.")
+        if not _may_hold_images(features[name]):
+            raise DataError(f"image_column={name!r} holds {_describe(features[name])}, not images.")
+        return name
+    found = [column for column, feature in features.items() if _holds_images(feature)]
+    if len(found) != 1:
+        what = "none of its columns holds images" if not found else f"several columns hold images: {', '.join(found)}"
+        raise DataError(f"{what}; name one with image_column (columns: {columns}).")
+    return found[0]
+
+
+def _holds_images(feature: object) -> bool:
+    """An image feature, or what one looks like in a parquet file written without it."""
+    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
+
+
+def _may_hold_images(feature: object) -> bool:
+    """An image feature, or what datasets can cast to one: encoded images or paths to them."""
+    return _holds_images(feature) or _dtype(feature) in ("string", "large_string", "binary", "large_binary")
+
+
+def _dtype(feature: object) -> str:
+    """The type of a column of plain values; "" for others."""
+    return feature.dtype if isinstance(feature, datasets.Value) else ""
+
+
+def _describe(feature: object) -> str:
+    return _dtype(feature) or type(feature).__name__
+
+
+def find_label_column(dataset: AnyDataset, name: str | None = None) -> str:
+    """The column that holds the classes: `name` if given, else the only one of class labels.
+
+    Raises:
+        DataError: for an unknown column, or where no single one holds class labels.
+    """
+    features = dataset.features or {}
+    columns = ", ".join(features)
+    if name is not None:
+        if name not in features:
+            raise DataError(f"label_column={name!r} is not in the data; its columns are {columns}.")
+        return name
+    found = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    if len(found) != 1:
+        raise DataError(f"{len(found)} columns hold class labels; name one with label_column (columns: {columns}).")
+    return found[0]
+
+
+def read_labels(dataset: datasets.Dataset, column: str) -> tuple[Tensor, tuple[str, ...]]:
+    """Labels (N,) from 0 and the names of the classes; whole numbers and strings are numbered as strings are sorted.
+
+    Raises:
+        DataError: for a column of other values, and where a row has no label: null, or -1 of a class label.
+    """
+    feature = dataset.features[column]
+    with explained(f"label_column={column!r}"):
+        values = dataset[column][:]
+    if isinstance(feature, datasets.ClassLabel):
+        names = tuple(feature.names)
+    elif re.fullmatch(r"u?int\d+|bool|(large_)?string", _dtype(feature)):
+        names = tuple(sorted({str(value) for value in values if value is not None}))
+        number = {name: label for label, name in enumerate(names)}
+        values = [None if value is None else number[str(value)] for value in values]
+    else:
+        raise DataError(
+            f"label_column={column!r} holds {_describe(feature)}, not classes; give one of class labels, whole numbers "
+            "or strings."
+        )
+    missing = [row for row, value in enumerate(values) if not is_label(value)]
+    if missing:
+        raise DataError(
+            f"label_column={column!r} has no label in {len(missing)} of {len(values)} rows, the first of them row "
+            f"{missing[0]}."
+        )
+    return torch.tensor(values, dtype=torch.long), names
+
+
+def is_label(value: int | None) -> bool:
+    """Whether a row has a label; datasets writes null or -1 where it has none."""
+    return value is not None and value >= 0
