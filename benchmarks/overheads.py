@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from timing import interleaved, median
 
 from ddpm_pipe.config import parse_config
-from ddpm_pipe.data import ImageData, to_unit_range
+from ddpm_pipe.data import ImageData
+from ddpm_pipe.images import to_unit_range
 from ddpm_pipe.objective import Objective
 from ddpm_pipe.recipe import TrainConfig, make_scheduler, make_unet
 from ddpm_pipe.state import TrainState

@@ -11,7 +11,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ddpm_pipe.data import to_array
+from ddpm_pipe.images import to_array
 from ddpm_pipe.noise import add_noise, check_choice, check_number
 from ddpm_pipe.pipeline import OUTPUT_TYPES
 from ddpm_pipe.portable import DDPMPipeline

@@ -21,8 +21,9 @@ from torch import Tensor
 from ddpm_pipe.card import EVALUATION
 from ddpm_pipe.checkpoint import replace_text
 from ddpm_pipe.config import option
-from ddpm_pipe.data import ImageData, load_images, to_unit_range
+from ddpm_pipe.data import ImageData, load_images
 from ddpm_pipe.features import FeatureNetwork, extract, load_features, reference_features
+from ddpm_pipe.images import to_unit_range
 from ddpm_pipe.likelihood import Bound, variational_bound
 from ddpm_pipe.memorisation import nearest, neighbour_grid, share_of_copies
 from ddpm_pipe.metrics import evaluate_features

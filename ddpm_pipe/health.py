@@ -9,7 +9,8 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 
 from ddpm_pipe.checkpoint import whole_file
-from ddpm_pipe.data import ImageData, to_unit_range
+from ddpm_pipe.data import ImageData
+from ddpm_pipe.images import to_unit_range
 from ddpm_pipe.log import Log, grid_files, mean_by_timestep, named_means, read_metrics
 from ddpm_pipe.objective import Objective
 from ddpm_pipe.pipeline import null_class

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from inspect import signature
 
 import datasets
 import numpy as np
@@ -31,6 +32,10 @@ from ddpm_pipe.sources import DataError, explained, find_image_column, find_labe
 
 PATIENCE = 1000
 """Rows in a row that cannot be read after which a stream is given up."""
+
+_TAKEN = signature(datasets.IterableDataset.shuffle).parameters
+SHARDS = {"max_buffer_input_shards": 1} if "max_buffer_input_shards" in _TAKEN else {}
+"""One file of a stream is read at a time; datasets from 5 on would read ten in threads, and wait 5 s for their end."""
 
 Example = tuple[np.ndarray, int]
 """An image, uint8 (C, H, W), and its label, 0 where there are none."""
@@ -199,7 +204,7 @@ class StreamBatches:
         for epoch in itertools.count():
             seed = derive_seed(self.seed, "order", epoch)
             with explained("the stream"):
-                rows = iter(self.stream.rows.shuffle(seed=seed, buffer_size=self.buffer_size))
+                rows = iter(self.stream.rows.shuffle(seed=seed, buffer_size=self.buffer_size, **SHARDS))
                 first = next(rows, None)
                 if first is None:
                     raise DataError("the stream has no rows to train on.")

@@ -16,9 +16,11 @@ from ddpm_pipe import DDPMPipeline
 from ddpm_pipe.card import make_card
 from ddpm_pipe.checkpoint import replace_folder
 from ddpm_pipe.config import parse_config
-from ddpm_pipe.data import load_images, open_dataset, to_unit_range
+from ddpm_pipe.data import load_images
 from ddpm_pipe.evaluate import EvaluateConfig, check_finite, denoiser, evaluate
+from ddpm_pipe.images import to_unit_range
 from ddpm_pipe.likelihood import variational_bound
+from ddpm_pipe.sources import open_dataset
 
 DATA = str(REPO / "examples" / "fashion_mnist")
 

@@ -117,11 +117,13 @@ ALLOWED_IMPORTS = {
     "portable": {"noise", "prediction", "schedulers", "unet", "pipeline", "weights"},
     "foreign": {"unet", "weights"},
     "convert": {"foreign", "noise", "checkpoint", "config", "portable", "schedulers", "weights"},
-    "editing": {"data", "noise", "prediction", "pipeline", "portable"},
+    "editing": {"images", "noise", "prediction", "pipeline", "portable"},
     # what training stands on
     "randomness": set(),
-    "data": {"randomness"},
-    "stream": {"data", "randomness"},
+    "sources": set(),
+    "images": {"sources"},
+    "data": {"checkpoint", "images", "randomness", "sources"},
+    "stream": {"data", "images", "randomness", "sources"},
     "ema": set(),
     "timesteps": set(),
     "checkpoint": set(),
@@ -134,7 +136,7 @@ ALLOWED_IMPORTS = {
     "state": {"checkpoint", "ema", "timesteps", "pipeline", "recipe"},
     "log": {"checkpoint", "recipe"},
     "report": {"log"},
-    "health": {"checkpoint", "data", "log", "objective", "pipeline", "portable", "randomness", "recipe"}
+    "health": {"checkpoint", "data", "images", "log", "objective", "pipeline", "portable", "randomness", "recipe"}
     | {"schedulers", "state"},
     "card": {"config", "log", "portable", "recipe", "sampling"},
     "hub": {"card", "config", "portable"},
@@ -150,6 +152,7 @@ ALLOWED_IMPORTS = {
         "config",
         "data",
         "features",
+        "images",
         "likelihood",
         "memorisation",
         "metrics",
