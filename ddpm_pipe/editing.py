@@ -4,6 +4,7 @@ Each is a pipeline built of the parts of another one, the same objects: `Inpaint
 """
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -266,8 +267,9 @@ def read_images(name: str, images: Images, shape: tuple[int, int, int]) -> Tenso
     Raises:
         ValueError: for anything else, naming the argument `name`.
     """
-    rows = list(images) if isinstance(images, (list, tuple, Tensor)) else [images]
-    if not rows or not all(isinstance(row, Tensor) or (isinstance(row, Image.Image) and all(row.size)) for row in rows):
+    given: Any = torch.atleast_1d(images) if isinstance(images, Tensor) else images
+    rows = list(given) if isinstance(given, (list, tuple, Tensor)) else [given]
+    if not rows or not all(_is_image(row) for row in rows):
         raise ValueError(f"{name} must be a PIL image, a list of them, or a tensor of shape (B, {str(shape)[1:]}.")
     tensors = [row if isinstance(row, Tensor) else _from_pil(row, shape) for row in rows]
     for tensor in tensors:
@@ -277,6 +279,10 @@ def read_images(name: str, images: Images, shape: tuple[int, int, int]) -> Tenso
     if not ((batch >= 0) & (batch <= 1)).all():
         raise ValueError(f"{name} must lie in [0, 1], it goes from {batch.min():.3g} to {batch.max():.3g}.")
     return batch
+
+
+def _is_image(row: Any) -> bool:
+    return not row.is_complex() if isinstance(row, Tensor) else isinstance(row, Image.Image) and all(row.size)
 
 
 def _from_pil(image: Image.Image, shape: tuple[int, int, int]) -> Tensor:

@@ -58,6 +58,8 @@ class GenerateConfig(SampleConfig):
     def __post_init__(self):
         super().__post_init__()
         parse_seeds(self.seeds)
+        if not self.output_dir:
+            raise ValueError("output_dir='' must name a folder.")
         check_choice("output_format", self.output_format, FORMATS)
         if self.shard_size < 1:
             raise ValueError(f"shard_size={self.shard_size} must be at least 1.")
@@ -128,7 +130,15 @@ def _write_parquet(folder: Path, seeds: list[int], batches: Iterable[Batch], cla
         pq.write_table(pa.Table.from_pylist(rows, schema=features.arrow_schema), new)
 
 
+PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
+"""The last bytes of every PNG file."""
+
+
 def _png_seeds(file: Path) -> list[int]:
+    with file.open("rb") as png:
+        png.seek(max(0, file.stat().st_size - len(PNG_END)))
+        if png.read() != PNG_END:
+            raise ValueError("its end is missing")
     return [int(file.stem)]
 
 
@@ -165,7 +175,7 @@ def seeds_in(folder: Path, output_format: str) -> set[int]:
     """The seeds of the images that a folder holds in this format.
 
     Raises:
-        ValueError: for a shard that cannot be read, naming it.
+        ValueError: for a file that cannot be read, naming it.
     """
     row = FORMATS[output_format]
     seeds: set[int] = set()
@@ -173,8 +183,9 @@ def seeds_in(folder: Path, output_format: str) -> set[int]:
         if re.fullmatch(row.pattern, file.name):
             try:
                 seeds.update(row.seeds(file))
-            except (zipfile.BadZipFile, pa.ArrowException, KeyError, ValueError) as error:
-                raise ValueError(f"{file} is damaged ({error}); delete it, and its images are drawn again.") from error
+            except (OSError, zipfile.BadZipFile, pa.ArrowException, KeyError, ValueError) as error:
+                reason = " ".join(str(error).split()).rstrip(".")
+                raise ValueError(f"{file} is damaged ({reason}); delete it, and its images are drawn again.") from error
     return seeds
 
 
@@ -240,7 +251,7 @@ def check_continuation(folder: Path, new: dict[str, Any]) -> list[dict[str, str]
         raise ValueError(f"output_dir={str(folder)!r} holds images but no {GENERATION}; choose another folder.")
     try:
         old = json.loads((folder / GENERATION).read_text())
-        versions, old_seeds = old["versions"], set(parse_seeds(old["seeds"]))
+        versions, old_seeds = old["versions"], set(parse_seeds(str(old["seeds"])))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / GENERATION} is damaged ({error}); choose another folder.") from error
     before, after = _flat(old), _flat(new)

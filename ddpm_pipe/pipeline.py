@@ -1,6 +1,7 @@
 """Sampling images: Algorithm 2 of DDPM with any scheduler, as a diffusers pipeline.
 
-With `noise` and `prediction` this file travels with shared checkpoints that the pipelines of diffusers cannot sample.
+With `noise`, `prediction` and `compatibility` this file travels with shared checkpoints that the pipelines of
+diffusers cannot sample.
 """
 
 import inspect
@@ -12,7 +13,8 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ddpm_pipe.noise import check_choice, check_number
+from ddpm_pipe.compatibility import check_scheduler, set_timesteps
+from ddpm_pipe.noise import check_choice, check_number, whole_numbers
 from ddpm_pipe.prediction import PREDICTIONS
 
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -27,41 +29,13 @@ def null_class(unet: ModelMixin) -> int | None:
     return None if classes is None else getattr(unet, "null_class", classes - 1)
 
 
-def check_scheduler(scheduler: SchedulerMixin) -> None:
-    """Check that a scheduler samples what this package trains: a chain of T noise levels from N(0, I) to an image.
-
-    Raises:
-        ValueError: for one that follows another process (flows, EDM, consistency in the scale of sigma, tokens), has
-            other noise levels than its config, needs more than the network's output, or draws its noise by itself.
-    """
-    name, config = type(scheduler).__name__, scheduler.config
-    levels = getattr(scheduler, "alphas_cumprod", None)
-    if not isinstance(levels, Tensor) or levels.shape != (config.get("num_train_timesteps"),):
-        reason = "it has no noise level for each timestep of a DDPM"
-    elif config.get("snr_shift_scale", 1) != 1:
-        reason = f"snr_shift_scale={config.snr_shift_scale} moves its noise levels away from those of training"
-    elif "noise_sampler_seed" in config:
-        reason = "its noise comes from a seed of its own and not from the generator"
-    elif _needs_more_than_the_output(scheduler):
-        reason = "its step needs more than the network's output, the timestep and the sample"
-    else:
-        return
-    raise ValueError(f"scheduler={name} cannot sample this model: {reason}.")
-
-
-def _needs_more_than_the_output(scheduler: SchedulerMixin) -> bool:
-    parameters = inspect.signature(scheduler.step).parameters
-    required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
-    # UnCLIP's scheduler takes t - 1 for the next timestep unless it is told another
-    return required != ["model_output", "timestep", "sample"] or "prev_timestep" in parameters
-
-
 class PixelDiffusionPipeline(DiffusionPipeline):
     """Unconditional and class-conditional generation in pixel space.
 
     Args:
         unet: a `DDPMUNet2DModel` or a `diffusers.UNet2DModel`.
-        scheduler: of this package or of diffusers; what the network predicts is its `prediction_type`.
+        scheduler: of this package or of diffusers, with the noise levels and the `prediction_type` that the network was
+            trained with; one that is plugged in later must have the same.
     """
 
     model_cpu_offload_seq = "unet"
@@ -70,6 +44,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
+        self._own_scheduler = scheduler  # it says what the network was trained for, whatever is plugged in later
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **components):
@@ -77,7 +52,10 @@ class PixelDiffusionPipeline(DiffusionPipeline):
 
         That of diffusers takes only a network whose class is the annotated one itself, and casts it to float32.
         """
-        return cls(**pipeline.components | components)
+        made = cls(**pipeline.components | components)
+        if "unet" not in components:
+            made._own_scheduler = getattr(pipeline, "_own_scheduler", pipeline.scheduler)
+        return made
 
     @torch.no_grad()
     def __call__(
@@ -152,14 +130,14 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         pred_original_sample = torch.zeros_like(sample)
         estimate_is_read = callback is not None or bool(self.unet.config.get("self_condition"))
         numbers = timesteps.tolist()  # the device is waited for once, here, and not by a scheduler in each step
-        if numbers[0] < numbers[-1]:
-            raise ValueError(
-                f"scheduler={type(scheduler).__name__} goes from an image to noise; use one whose timesteps decrease."
-            )
         for i, t in enumerate(self.progress_bar(timesteps)):
             model_input = scheduler.scale_model_input(sample, numbers[i])
             model_output = denoise(model_input, t, pred_original_sample)
-            step = scheduler.step(model_output, numbers[i], sample, return_dict=estimate_is_read, **step_options)
+            try:
+                step = scheduler.step(model_output, numbers[i], sample, return_dict=estimate_is_read, **step_options)
+            except (ValueError, NotImplementedError) as error:  # of a scheduler that cannot read this output, say
+                name, reason = type(scheduler).__name__, " ".join(str(error).split()).rstrip(".")
+                raise ValueError(f"scheduler={name} cannot sample this model with these options: {reason}.") from error
             sample = step[0]
             if estimate_is_read:
                 pred_original_sample = step.get("pred_original_sample")
@@ -196,7 +174,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         use_clipped_model_output: bool | None = None,
     ) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], dict]:
         """The network with labels and guidance, as (x_t, t, last x0) -> output, and the keywords of the steps."""
-        check_scheduler(self.scheduler)
+        check_scheduler(self.scheduler, self._own_scheduler)
         check_number("eta", eta)
         check_number("guidance_scale", guidance_scale)
         self._check_batch(generator, batch_size)
@@ -219,23 +197,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
 
     def _choose_timesteps(self, num_inference_steps: int | None, timesteps: Sequence[int] | None = None) -> Tensor:
         """Set the scheduler's timesteps and return them: as given, or so many, all T of the training chain for None."""
-        scheduler, device = self.scheduler, self._execution_device
-        if timesteps is not None:
-            if num_inference_steps is not None:
-                raise ValueError("timesteps and num_inference_steps contradict each other; give one of them.")
-            if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
-                raise ValueError(f"timesteps cannot be given to {type(scheduler).__name__}; give num_inference_steps.")
-            for timestep in timesteps:
-                check_number("timesteps", timestep, whole=True)
-            scheduler.set_timesteps(timesteps=list(timesteps), device=device)
-            return scheduler.timesteps
-        steps = scheduler.config.num_train_timesteps
-        count = steps if num_inference_steps is None else num_inference_steps
-        check_number("num_inference_steps", count, whole=True)
-        if not 1 <= count <= steps:
-            raise ValueError(f"num_inference_steps={count} must lie between 1 and num_train_timesteps={steps}.")
-        scheduler.set_timesteps(count, device=device)
-        return scheduler.timesteps
+        return set_timesteps(self.scheduler, self._execution_device, num_inference_steps, timesteps)
 
     def _initial_noise(
         self,
@@ -298,21 +260,16 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             if class_labels is not None or scale != 1.0:
                 raise ValueError("class_labels and guidance_scale need a network with classes; this one has none.")
             return None
-        try:
-            labels = torch.as_tensor(null if class_labels is None else class_labels, device=self._execution_device)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"class_labels={class_labels!r:.100} must be a class, or a list of one per image."
-            ) from error
-        if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex() or labels.ndim > 1:
-            raise ValueError(f"class_labels={class_labels!r:.100} must be a whole number, or a list of one per image.")
+        labels = whole_numbers(null if class_labels is None else class_labels)
+        if labels is None:
+            raise ValueError(f"class_labels must be a class or one per image, whole numbers from 0 to {null}.")
         if labels.ndim > 0 and len(labels) != batch_size:
             raise ValueError(
                 f"class_labels has {len(labels)} entries for batch_size={batch_size}; give one, or one per image."
             )
         if labels.min() < 0 or labels.max() > null:
             raise ValueError(f"class_labels must lie between 0 and {null} (the null class).")
-        labels = labels.expand(batch_size)
+        labels = labels.to(self._execution_device).expand(batch_size)
         if scale == 1.0:
             return labels
         if class_labels is None:
@@ -335,6 +292,11 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                 raise ValueError(
                     f"{name}={value} has no meaning for {type(self.scheduler).__name__}; use DDIMScheduler."
                 )
+        if generator is not None and hasattr(self.scheduler, "noise_sampler"):
+            raise ValueError(
+                f"generator has no meaning for {type(self.scheduler).__name__}, which draws noise of its own; leave it "
+                "out, or use DPMSolverMultistepScheduler with algorithm_type='sde-dpmsolver++'."
+            )
         if use_clipped_model_output is None:
             of_ddim["use_clipped_model_output"] = True
         return {name: value for name, value in {"generator": generator, **of_ddim}.items() if name in known}

@@ -19,7 +19,7 @@ from diffusers.utils.torch_utils import get_device
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from ddpm_pipe import noise, pipeline, prediction, schedulers, unet
+from ddpm_pipe import compatibility, noise, pipeline, prediction, schedulers, unet
 from ddpm_pipe.pipeline import PixelDiffusionPipeline
 from ddpm_pipe.schedulers import DDIMScheduler, DDPMScheduler
 from ddpm_pipe.unet import CODE_FILE, DDPMUNet2DModel
@@ -188,7 +188,7 @@ class DDPMPipeline(PixelDiffusionPipeline):
                 sources["scheduler"] = [noise, prediction, schedulers]
         if not stock_pipeline_samples(self.unet, self.scheduler):
             index["_class_name"] = [CODE["pipeline"], PixelDiffusionPipeline.__name__]
-            sources["pipeline"] = [noise, prediction, pipeline]
+            sources["pipeline"] = [noise, prediction, compatibility, pipeline]
         index.pop("_name_or_path", None)  # where it was loaded from is nobody's business
         (folder / self.config_name).write_text(json.dumps(index, indent=2) + "\n")
         for part, name in CODE.items():

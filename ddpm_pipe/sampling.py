@@ -20,6 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 
 from ddpm_pipe.checkpoint import sha256
+from ddpm_pipe.compatibility import check_scheduler
 from ddpm_pipe.config import Config, JsonDict, option
 from ddpm_pipe.noise import check_choice
 from ddpm_pipe.pipeline import null_class
@@ -163,6 +164,10 @@ def pipeline_for(config: SampleConfig) -> DDPMPipeline:
         ValueError: for a model, scheduler, option or count of steps that cannot be.
     """
     local = Path(config.model).is_dir()
+    if local and config.revision is not None:
+        raise ValueError(
+            f"revision={config.revision!r} is of a repository on the Hub, and model={config.model!r} a folder."
+        )
     try:
         folder = config.model if local else DDPMPipeline.download(config.model, revision=config.revision)
     except HFValidationError as error:
@@ -190,7 +195,7 @@ def plug_in(own: SchedulerMixin, name: str | None, options: dict[str, Any], fewe
         fewer: whether it takes fewer steps than there are timesteps; a named one then starts at the last, pure noise.
 
     Raises:
-        ValueError: for options that the class does not take, or noise levels other than those of `own`.
+        ValueError: for options that the class does not take, or one that cannot sample what was trained with `own`.
     """
     class_name, implied = (type(own).__name__, {}) if name is None else SCHEDULERS[name]
     cls = type(own) if name is None else SAMPLERS.get(class_name) or getattr(diffusers, class_name)
@@ -203,9 +208,7 @@ def plug_in(own: SchedulerMixin, name: str | None, options: dict[str, Any], fewe
         scheduler = cls.from_config(own.config, **(implied | options))
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise ValueError(f"scheduler_options={json.dumps(options)} do not suit {class_name}: {error}") from error
-    before, after = (getattr(each, "alphas_cumprod", torch.empty(0)) for each in (own, scheduler))
-    if before.shape != after.shape or not torch.allclose(before, after, rtol=0, atol=1e-4):
-        raise ValueError(f"{class_name} has other noise levels than the model was trained with; use another scheduler.")
+    check_scheduler(scheduler, own)
     return scheduler
 
 

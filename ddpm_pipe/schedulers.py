@@ -27,6 +27,7 @@ from ddpm_pipe.noise import (
     broadcast,
     check_choice,
     exp,
+    falling_timesteps,
     log,
     make_betas,
     mix,
@@ -159,9 +160,7 @@ class _DiffusionScheduler(SchedulerMixin, ConfigMixin):
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("set_timesteps takes exactly one of num_inference_steps and timesteps.")
         if num_inference_steps is None:
-            chosen = np.asarray(timesteps, dtype=np.int64)[::-1]
-            if chosen.size == 0 or (np.diff(chosen) <= 0).any() or chosen[0] < 0 or chosen[-1] >= steps:
-                raise ValueError(f"timesteps must be strictly decreasing values from {steps - 1} to 0.")
+            chosen = np.asarray(falling_timesteps(timesteps, steps))[::-1]
         else:
             if not 1 <= num_inference_steps <= steps:
                 raise ValueError(

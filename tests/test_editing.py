@@ -558,6 +558,10 @@ def test_photographs_are_turned_upright(tmp_path):
     "images, complaint",
     [
         ([], "must be a PIL image"),
+        (None, "must be a PIL image"),
+        (Image.new("RGB", (0, 5)), "must be a PIL image"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.complex64), "must be a PIL image"),
+        (torch.tensor(0.0), "entry of shape"),
         ([np.zeros((3, 8, 8))], "must be a PIL image"),
         (torch.zeros(3, 8, 8), "entry of shape"),
         (torch.zeros(2, 3, 8, 9), "entry of shape"),

@@ -381,7 +381,9 @@ def test_all_versions_that_drew_images_are_told(config):
     assert json.loads(file.read_text())["versions"] == [older, now]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"seeds": "0-2"}', '{"seeds": "x", "versions": []}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"seeds": "0-2"}', '{"seeds": null, "versions": []}', '{"seeds": "x", "versions": []}']
+)
 def test_a_damaged_protocol_is_one_sentence_and_no_image_is_lost(config, text):
     folder = generate(config(seeds="0-2"))
     (folder / "generation.json").write_text(text)
@@ -390,11 +392,12 @@ def test_a_damaged_protocol_is_one_sentence_and_no_image_is_lost(config, text):
     assert len(read(folder)) == 3
 
 
-@pytest.mark.parametrize("output_format", ["zip", "parquet"])
-def test_a_damaged_shard_is_named(config, output_format):
+@pytest.mark.parametrize("size", [0, 100])
+@pytest.mark.parametrize("output_format", FORMATS)
+def test_a_damaged_file_is_named(config, output_format, size):
     folder = generate(config(output_format=output_format, seeds="0-5", shard_size=3))
-    file = folder / f"000000-000002.{output_format}"
-    file.write_bytes(file.read_bytes()[:100])
+    file = folder / ("000002.png" if output_format == "png" else f"000000-000002.{output_format}")
+    file.write_bytes(file.read_bytes()[:size])
     with refused(f"{file.name} is damaged .*; delete it, and its images are drawn again"):
         generate(config(output_format=output_format, seeds="0-5", shard_size=3))
     file.unlink()
@@ -600,6 +603,15 @@ def test_more_seeds_than_fit_into_memory_are_refused(text):
         ({"output_format": "jpg"}, "output_format='jpg' is unknown; use one of png, zip, parquet"),
         ({"dtype": "int8"}, "dtype='int8' is unknown; use one of float32"),
         ({"shard_size": 0}, "shard_size=0 must be at least 1"),
+        ({"output_dir": ""}, "output_dir='' must name a folder"),
+        ({"revision": "main"}, "revision='main' is of a repository on the Hub, and model='.*' a folder"),
+        ({"scheduler": "dpm++", "steps": None}, "has no 20 timesteps that fall with timestep_spacing='leading'"),
+        ({"scheduler": "pndm", "steps": 2}, "num_inference_steps=2 does not suit PNDMScheduler"),
+        (
+            {"scheduler": "dpm++", "scheduler_options": {"prediction_type": "sample"}},
+            "has prediction_type='sample', but the model predicts 'epsilon'",
+        ),
+        ({"scheduler": "dpm++", "scheduler_options": {"use_flow_sigmas": True}}, "first timestep"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"seeds": "x"}, "seeds='x' must be"),
         ({"steps": 21}, "steps=21 must lie between 1 and the 20 that the model was trained with"),

@@ -29,6 +29,7 @@ from ddpm_pipe import (
     DDPMPipeline,
     DDPMScheduler,
     DDPMUNet2DModel,
+    compatibility,
     noise,
     pipeline,
     prediction,
@@ -752,7 +753,9 @@ def test_code_of_an_earlier_save_does_not_stay(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "modules", [(noise, prediction, schedulers), (noise, prediction, pipeline)], ids=["schedulers", "pipeline"]
+    "modules",
+    [(noise, prediction, schedulers), (noise, prediction, compatibility, pipeline)],
+    ids=["schedulers", "pipeline"],
 )
 def test_modules_in_one_file_do_not_hide_each_others_names(modules: tuple[ModuleType, ...]):
     tree = ast.parse(bundle(*modules))
