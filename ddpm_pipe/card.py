@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ddpm_pipe.checkpoint import TRAINING
 from ddpm_pipe.config import read_config_file
-from ddpm_pipe.log import read_metrics
+from ddpm_pipe.log import grid_files, read_metrics
 from ddpm_pipe.portable import CODE
 from ddpm_pipe.recipe import CONFIG, PLAN
 from ddpm_pipe.sampling import shared_name, weights_sha256
+from ddpm_pipe.weights import read_json, saved_variants
 
 EVALUATION = "evaluation.json"
 PICTURE = "samples.png"
@@ -51,11 +54,11 @@ def make_card(
     metrics: list[dict[str, Any]] = []
     if run is not None:
         facts |= read_run(run, pipeline)
-        metrics += read_held_out_loss(run, facts["recipe"])
+        metrics += read_held_out_loss(run, pipeline, facts["recipe"])
         dataset = dataset or facts["dataset"]
     metrics += read_evaluation(run, pipeline).get("metrics", [])
     card_data = ModelCardData(
-        model_name=repo_id.split("/")[-1],
+        model_name=repo_id.split("/")[-1] if metrics else None,  # it belongs to the results, and is nothing without
         license=license,
         library_name="diffusers",
         pipeline_tag=TASK,
@@ -72,7 +75,8 @@ def make_card(
                 metric_args={"protocol": metric["protocol"]},
             )
             for metric in metrics
-        ],
+        ]
+        or None,
     )
     template = str(next(path for path in TEMPLATES if path.exists()))
     facts |= {"repo_id": repo_id, "dataset": dataset, "data_license": dataset_license, "metrics": metrics}
@@ -80,9 +84,14 @@ def make_card(
 
 
 def read_pipeline(pipeline: Path) -> dict[str, Any]:
-    """What the template is told of a pipeline folder: sizes, classes, timesteps and code files."""
-    network = json.loads((pipeline / "unet" / "config.json").read_text())
-    scheduler = json.loads((pipeline / "scheduler" / "scheduler_config.json").read_text())
+    """What the template is told of a pipeline folder: sizes, classes, timesteps, variant and code files.
+
+    Raises:
+        ValueError: where a config is missing or cannot be read.
+    """
+    network = read_json(pipeline / "unet" / "config.json")
+    scheduler = read_json(pipeline / "scheduler" / "scheduler_config.json")
+    variants = saved_variants(path.name for path in (pipeline / "unet").iterdir())
     size = network["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
     classes = network.get("num_class_embeds") or 0  # of which the last is the null class in a stock network
@@ -92,6 +101,7 @@ def read_pipeline(pipeline: Path) -> dict[str, Any]:
         "channels": network["in_channels"],
         "num_classes": classes - (classes > 0 and network["_class_name"] == "UNet2DModel"),
         "timesteps": scheduler["num_train_timesteps"],
+        "variant": None if None in variants else min(filter(None, variants), default=None),
         "code_files": [name for name in CODE_FILES if (pipeline / name).exists()],
     }
 
@@ -102,9 +112,9 @@ def read_run(run: Path, pipeline: Path) -> dict[str, Any]:
     recipe = {key: value for key, value in recipe.items() if key not in PRIVATE}
     data = recipe["data"]
     recipe["data"] = shared_name(data)
-    entries = read_metrics(run)
+    entries = trained_entries(run, pipeline)
     return {
-        "picture": PICTURE if find_picture(run) else None,
+        "picture": PICTURE if find_picture(run, pipeline) else None,
         "dataset": data if recipe["data"] == data and not Path(data).exists() else None,
         "recipe": recipe,
         "recipe_yaml": yaml.safe_dump(recipe, sort_keys=False).strip(),
@@ -115,21 +125,38 @@ def read_run(run: Path, pipeline: Path) -> dict[str, Any]:
     }
 
 
-def find_picture(run: Path) -> Path | None:
-    """The newest sample grid of a run, drawn by the averaged weights."""
-    grids = sorted(path for path in (run / "samples").glob("step-*.png") if not path.stem.endswith("-raw"))
-    return grids[-1] if grids else None
+def trained_steps(pipeline: Path) -> float:
+    """After how many optimizer steps the pipeline of a run was saved; infinity where it does not say."""
+    file = pipeline / TRAINING
+    return read_json(file)["step"] if file.exists() else math.inf
+
+
+def trained_entries(run: Path, pipeline: Path) -> list[dict[str, Any]]:
+    """The log of a run up to when a pipeline was saved."""
+    return [entry for entry in read_metrics(run) if entry["step"] <= trained_steps(pipeline)]
+
+
+def find_picture(run: Path, pipeline: Path) -> Path | None:
+    """The newest sample grid that was drawn up to when a pipeline was saved; None for averages that draw no grids."""
+    if is_other_average(pipeline):
+        return None
+    drawn = (re.fullmatch(r"step-(\d+)\.png", path.name) for path in (run / "samples").glob("step-*.png"))
+    steps = [int(match[1]) for match in drawn if match and int(match[1]) <= trained_steps(pipeline)]
+    return grid_files(run, max(steps))["average"] if steps else None
 
 
 # ---------------------------------------------------------------- how good it is
 
 
-def read_held_out_loss(run: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
-    """type, name, value and protocol of the last loss on images held out, where there were such."""
-    held_out = [entry for entry in read_metrics(run) if "held_out_loss" in entry]
-    if not held_out:
+def read_held_out_loss(run: Path, pipeline: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    """type, name, value and protocol of the last loss on images held out, where that of this average was measured."""
+    held_out = [entry for entry in trained_entries(run, pipeline) if "held_out_loss" in entry]
+    if not held_out or is_other_average(pipeline):
         return []
-    protocol = f"{recipe['loss']} loss of {recipe['prediction_type']}, averaged weights, {recipe['holdout']} images"
+    protocol = (
+        f"{recipe['loss']} loss of {recipe['prediction_type']}, averaged weights after {held_out[-1]['step']} steps, "
+        f"{recipe['holdout']} images"
+    )
     value = round(held_out[-1]["held_out_loss"], 5)
     return [{"type": "loss", "name": "held-out loss", "value": value, "protocol": protocol}]
 
@@ -169,9 +196,14 @@ def read_evaluation(run: Path | None, pipeline: Path) -> dict[str, Any]:
     return result | {"metrics": [row for row in metrics if row not in foreign]}
 
 
+def is_other_average(pipeline: Path) -> bool:
+    """Whether a pipeline of a run holds an average that was made after training, and is not shown by its log."""
+    return pipeline.name.startswith("ema-")
+
+
 def describe_average(pipeline: Path, recipe: dict[str, Any]) -> str:
     """Which average of the weights a pipeline folder of a run holds."""
-    if pipeline.name.startswith("ema-"):
+    if is_other_average(pipeline):
         return f"power-function average, sigma_rel {pipeline.name.removeprefix('ema-')} (Karras et al. 2024)"
     return f"exponential moving average, decay {recipe['ema_decay']} with warm-up of power {recipe['ema_power']:.3g}"
 

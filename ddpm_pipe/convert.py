@@ -337,6 +337,8 @@ def convert(config: ConvertConfig) -> DDPMPipeline:
     Raises:
         ValueError: for an unknown file, an option that cannot be converted or a setting that is missing, naming it.
     """
+    if not config.output_dir:
+        raise ValueError("output_dir='' must name a folder.")
     out, path = Path(config.output_dir), Path(config.source)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"output_dir={config.output_dir!r} is not empty; name a new folder.")

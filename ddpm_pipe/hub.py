@@ -14,14 +14,18 @@ from huggingface_hub import HfApi
 
 from ddpm_pipe.card import CODE_FILES, EVALUATION, PICTURE, find_picture, make_card, read_evaluation
 from ddpm_pipe.config import Config, option
+from ddpm_pipe.log import METRICS
 from ddpm_pipe.portable import DDPMPipeline
+from ddpm_pipe.recipe import CONFIG, PLAN
+from ddpm_pipe.weights import read_json
 
 CONFIGS = ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json"]
 WEIGHTS = ["unet/diffusion_pytorch_model*.safetensors", "unet/diffusion_pytorch_model*.safetensors.index*.json"]
 """With `CODE_FILES` all that `save_pretrained` writes, and so all that is pushed of a pipeline folder."""
 
-STALE = ["unet/*", "scheduler/*", "*.py", "*.png", EVALUATION]
-"""What an earlier push may have left in the repository; deleted there where it is no longer part of the push."""
+STALE = [*CONFIGS, *WEIGHTS, *CODE_FILES, PICTURE, EVALUATION]
+"""What an earlier push may have left in the repository; deleted there where it is no longer part of the push. Other
+files of the repository are left alone."""
 
 
 @dataclass
@@ -69,12 +73,16 @@ def stage(config: PushConfig, folder: Path) -> None:
         ValueError: where there is no such pipeline, a file is a link, or the evaluation cannot be read.
     """
     run, pipeline = Path(config.run), Path(config.run) / config.pipeline
+    if config.pipeline != pipeline.name:
+        raise ValueError(f"pipeline={config.pipeline!r} must be the name of a folder in run={config.run!r}.")
+    for source in (pipeline, run / CONFIG, run / PLAN, run / METRICS):
+        refuse_links(source, run)
     if not (pipeline / "model_index.json").exists():
         raise ValueError(
             f"run={config.run!r} has no pipeline in {pipeline}; give a run folder and one of its pipelines."
         )
     stage_pipeline(pipeline, folder)
-    picture = find_picture(run)
+    picture = find_picture(run, pipeline)
     if picture is not None:
         refuse_links(picture, run)
         shutil.copyfile(picture, folder / PICTURE)
@@ -111,18 +119,6 @@ def refuse_links(file: Path, top: Path) -> None:
             return
         if path.is_symlink():
             raise ValueError(f"{path} is a link, and links are not pushed; put the file itself there.")
-
-
-def read_json(file: Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        ValueError: where it cannot be read.
-    """
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as JSON: {error}") from error
 
 
 def write_json(content: Any, file: Path) -> None:
@@ -206,13 +202,13 @@ def upload_run(config: PushConfig, folder: Path) -> str:
     return upload(folder, config.repo, message, repeated(config), config.public, config.revision)
 
 
-def push_pipeline(pipeline: DDPMPipeline, repo: str, private: bool, variant: str | None, **options: Any) -> str:
+def push_pipeline(pipeline: DDPMPipeline, repo: str, private: bool | None, variant: str | None, **options: Any) -> str:
     """Push a pipeline that is no run's, with a card of what is known of it.
 
     Args:
         pipeline: what to push.
         repo: as org/name.
-        private: hide it from others.
+        private: hide it from others; None hides it too.
         variant: of the names of the files of weights.
         options: commit_message, token and create_pr, as `upload` takes them.
 
@@ -224,7 +220,7 @@ def push_pipeline(pipeline: DDPMPipeline, repo: str, private: bool, variant: str
         pipeline.save_pretrained(saved, variant=variant)
         stage_pipeline(Path(saved), Path(folder))
         make_card(None, Path(folder), repo).save(Path(folder) / "README.md")
-        return upload(Path(folder), repo, message, f"pipeline.push_to_hub({repo!r})", not private, **options)
+        return upload(Path(folder), repo, message, f"pipeline.push_to_hub({repo!r})", private is False, **options)
 
 
 class Pusher:

@@ -202,7 +202,7 @@ class DDPMPipeline(PixelDiffusionPipeline):
         self,
         repo_id: str,
         *,
-        private: bool = True,
+        private: bool | None = True,
         commit_message: str | None = None,
         token: str | None = None,
         create_pr: bool = False,
@@ -212,7 +212,7 @@ class DDPMPipeline(PixelDiffusionPipeline):
 
         Args:
             repo_id: as org/name; made where it does not exist.
-            private: hide it from others.
+            private: hide it from others; only False shows it.
             commit_message: of the commit.
             token: of the Hub; None is that of the login.
             create_pr: open a pull request instead of a commit.

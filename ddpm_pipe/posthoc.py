@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ddpm_pipe.checkpoint import MANIFEST, CheckpointError, check_manifest, replace_folder, shapes
+from ddpm_pipe.checkpoint import MANIFEST, CheckpointError, check_manifest, save_pipeline, shapes
 from ddpm_pipe.config import Config, option
 from ddpm_pipe.ema import posthoc_coefficients, power_exponent
 from ddpm_pipe.portable import DDPMPipeline
@@ -113,8 +113,9 @@ def write_posthoc_pipelines(config: PosthocConfig) -> list[Path]:
         CheckpointError: where a snapshot cannot be read or a pipeline not be written.
     """
     run, written = Path(config.run), []
+    step = find_snapshots(run)[-1][0] if config.step is None else config.step
     for width in config.widths():
-        weights, error = reconstruct(run, width, config.step)
+        weights, error = reconstruct(run, width, step)
         if not (run / "pipeline").is_dir():
             raise ValueError(f"run={config.run!r} has no pipeline whose network the averages could fill.")
         pipeline = DDPMPipeline.from_pretrained(run / "pipeline")
@@ -124,7 +125,7 @@ def write_posthoc_pipelines(config: PosthocConfig) -> list[Path]:
         unet = type(pipeline.unet).from_config(settings)
         unet.load_state_dict(weights)
         folder = run / f"ema-{width:g}"
-        replace_folder(folder, DDPMPipeline(unet, pipeline.scheduler).save_pretrained)
+        save_pipeline(folder, DDPMPipeline(unet, pipeline.scheduler), step)
         print(f"{folder}: sigma_rel {width:g}, error of its profile {error:.2%}")
         written.append(folder)
     return written

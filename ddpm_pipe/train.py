@@ -20,7 +20,7 @@ from accelerate.utils import GradientAccumulationPlugin, is_tensorboard_availabl
 from filelock import FileLock, Timeout
 
 from ddpm_pipe.card import EVALUATION
-from ddpm_pipe.checkpoint import replace_folder, replace_text
+from ddpm_pipe.checkpoint import replace_text, save_pipeline
 from ddpm_pipe.config import read_config_file, save_config
 from ddpm_pipe.data import ImageData, load_images
 from ddpm_pipe.draws import micro_batches
@@ -144,7 +144,7 @@ def keep(
     if snapping:
         state.snapshot(run, step)
     if saving:
-        replace_folder(run / "pipeline", DDPMPipeline(state.average.module, scheduler).save_pretrained)
+        save_pipeline(run / "pipeline", DDPMPipeline(state.average.module, scheduler), step)
         state.save(run, step)  # last of all: where it exists, so does the rest
 
 

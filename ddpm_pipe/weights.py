@@ -5,7 +5,7 @@ No code of a file runs: JSON and safetensors hold none, and of pickles only tens
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +99,15 @@ def weight_files(folder: Path, variant: str | None = None, suffix: str = "safete
     return [folder / name for name in sorted(set(shards.values()))]
 
 
+def saved_variants(names: Iterable[str]) -> set[str | None]:
+    """The variants of which there are weights among the files of these names, as "fp16"; None is that without name."""
+    saved = rf"{STEM}(?:\.([^.]+))?\.safetensors|{STEM}\.safetensors\.index(?:\.([^.]+))?\.json"
+    return {match[1] or match[2] for name in names if (match := re.fullmatch(saved, name))}
+
+
 def why_none(source: str, names: Collection[str], variant: str | None) -> str:
     """A sentence on what is in the way, where `weight_files` found none among the files of these names in a folder."""
-    saved = rf"{STEM}(?:\.([^.]+))?\.safetensors|{STEM}\.safetensors\.index(?:\.([^.]+))?\.json"
-    there = {match[1] or match[2] or "" for name in names if (match := re.fullmatch(saved, name))}
+    there = {variant or "" for variant in saved_variants(names)}
     if there:
         wanted, *others = (f"of variant={name!r}" if name else "without variant" for name in (variant, *sorted(there)))
         return f"{source} has no weights {wanted}, only those {' and '.join(others)}."

@@ -1,5 +1,6 @@
 """Sharing a run: what is pushed, its card, and a Hub that fails."""
 
+import dataclasses
 import json
 import os
 import re
@@ -11,11 +12,11 @@ from pathlib import Path
 
 import pytest
 from hub_server import HubServer
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants
 from runs import REPO, make_recipe, write_config
 
 from ddpm_pipe import DDPMPipeline
-from ddpm_pipe.card import training_seconds
+from ddpm_pipe.card import make_card, training_seconds
 from ddpm_pipe.config import parse_config, read_config_file
 from ddpm_pipe.hub import PushConfig, Pusher, PushError, repeated, stage
 from ddpm_pipe.hub import push as share
@@ -94,6 +95,16 @@ def test_a_dry_run_prints_the_list_and_pushes_nothing(hub, push, capsys):
     assert not hub.requests
 
 
+def test_files_that_others_put_into_the_repository_are_left_alone(hub, push):
+    push()
+    others = ("diagram.png", "app.py", "unet/notes.txt", "scheduler/old.json", "unet/model.onnx")
+    api = HfApi(endpoint=hub.url, token="hf_good")
+    for name in others:
+        api.upload_file(path_or_fileobj=b"theirs", path_in_repo=name, repo_id="org/mine")
+    push("--license", "mit")
+    assert set(others) < set(hub.files("org/mine"))
+
+
 def test_pushing_the_same_again_makes_no_commit(hub, push):
     push()
     before = hub.commits("org/mine")
@@ -126,7 +137,16 @@ def own(config, tmp_path) -> PushConfig:
 
 
 LINKS = (
-    *("pipeline/model_index.json", "pipeline/unet", "pipeline/unet/config.json", "pipeline/ddpm_pipeline.py"),
+    *(
+        "pipeline",
+        "config.yaml",
+        "plan.json",
+        "metrics.jsonl",
+        "pipeline/model_index.json",
+        "pipeline/unet",
+        "pipeline/unet/config.json",
+        "pipeline/ddpm_pipeline.py",
+    ),
     *("pipeline/unet/diffusion_pytorch_model.safetensors", "pipeline/evaluation.json", "evaluation.json", "samples"),
 )
 
@@ -191,6 +211,9 @@ def test_a_pipeline_without_a_run_is_pushed_with_a_card_and_for_its_owner_only(p
     assert card.data.library_name == "diffusers" and "8x8 images with 1 channel" in card.text
     assert "conditional on 10 classes" in card.text and "Nothing is known here of the training" in card.text
     assert 'from_pretrained("org/alone")' in card.text and "samples.png" not in card.text
+    assert "model-index" not in hub.files("org/alone")["README.md"].decode()
+    pipeline.push_to_hub("org/default", token="hf_good", private=None)
+    assert hub.is_private("org/default")
     pipeline.push_to_hub("org/shown", token="hf_good", private=False)
     assert not hub.is_private("org/shown")
     with pytest.raises(ValueError, match="is public already"):
@@ -213,6 +236,13 @@ def test_a_public_repository_gets_a_run_only_when_told(hub, push):
     with pytest.raises(ValueError, match="is public already; pass --public"):
         push("--license", "mit")
     assert hub.commits("org/mine") == before
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "pipeline/unet", ".", ""])
+def test_only_a_folder_of_the_run_is_pushed(own, tmp_path, name):
+    shutil.copytree(Path(own.run) / "pipeline", Path(own.run).parent / "elsewhere")
+    with pytest.raises(ValueError, match=r"pipeline=.* must be the name of a folder in run="):
+        stage(dataclasses.replace(own, pipeline=name), tmp_path)
 
 
 # ---------------------------------------------------------------- a Hub that fails
@@ -257,7 +287,7 @@ def test_a_token_that_may_not_is_one_sentence(push, token, status):
 
 @pytest.mark.parametrize("what", ["run", "pipeline"])
 def test_a_folder_without_a_pipeline_is_one_sentence(config, tmp_path, what):
-    options = {"run": config.output_dir, "repo": "org/mine", "pipeline": "pipeline"} | {what: str(tmp_path / "none")}
+    options = {"run": config.output_dir, "repo": "org/mine", "pipeline": "pipeline"} | {what: "none"}
     with pytest.raises(ValueError, match=r"run=.* has no pipeline in .*none"):
         stage(PushConfig(**options), tmp_path)
 
@@ -331,6 +361,36 @@ def test_the_card_has_the_whole_recipe_and_nothing_of_the_machine(card, config):
         assert bool(re.search(rf"^{name}:", card.text, re.MULTILINE)) is not private, name
     assert str(Path(config.output_dir).parent) not in card.content and str(Path.home()) not in card.content
     assert "6 of 8 images: 48 images seen" in card.text and "decay 0.9999" in card.text
+
+
+def staged_card(push: PushConfig, folder: Path) -> ModelCard:
+    folder.mkdir()
+    stage(push, folder)
+    return ModelCard.load(folder / "README.md")
+
+
+def test_the_card_of_another_average_has_no_loss_and_no_picture_of_the_first(own, tmp_path):
+    shutil.copytree(Path(own.run) / "pipeline", Path(own.run) / "ema-0.1")
+    other = staged_card(dataclasses.replace(own, pipeline="ema-0.1"), tmp_path / "staged")
+    assert "sigma_rel 0.1" in other.text and "held-out loss" not in other.content and "samples.png" not in other.content
+    assert other.data.eval_results is None and not (tmp_path / "staged" / "samples.png").exists()
+
+
+def test_the_card_of_a_killed_run_ends_where_its_pipeline_was_saved(own, config, tmp_path):
+    with (Path(own.run) / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 8, "loss": 1.0, "images_per_second": 1.0}\n{"step": 8, "held_out_loss": 1e9}\n')
+    (Path(own.run) / "samples" / "step-00000008.png").write_text("drawn by later weights")
+    later = staged_card(own, tmp_path / "later")
+    before = staged_card(PushConfig(config.output_dir, "org/mine"), tmp_path / "before")
+    assert later.content == before.content and "6 of 8 images: 48 images seen" in later.text
+    newest = (Path(own.run) / "samples" / "step-00000006.png").read_bytes()
+    assert (tmp_path / "later" / "samples.png").read_bytes() == newest
+
+
+def test_the_usage_in_a_card_names_the_variant_of_the_weights(config, tmp_path):
+    DDPMPipeline.from_pretrained(Path(config.output_dir) / "pipeline").save_pretrained(tmp_path, variant="fp16")
+    usage = make_card(None, tmp_path, "org/half").text
+    assert usage.count('from_pretrained("org/half", variant="fp16"') == 2
 
 
 @pytest.mark.slow
