@@ -13,11 +13,11 @@ from accelerate import Accelerator
 from timing import interleaved, median
 
 from ddpm_pipe.config import parse_config
-from ddpm_pipe.data import ImageData
-from ddpm_pipe.images import to_unit_range
+from ddpm_pipe.data.images import to_unit_range
+from ddpm_pipe.data.memory import ImageData
 from ddpm_pipe.objective import Objective
-from ddpm_pipe.recipe import TrainConfig, make_scheduler, make_unet
-from ddpm_pipe.state import TrainState
+from ddpm_pipe.training.recipe import TrainConfig, make_scheduler, make_unet
+from ddpm_pipe.training.state import TrainState
 
 PRESETS = Path(__file__).resolve().parent.parent / "examples" / "presets"
 SHAPES = {"fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32), "flowers": (3, 128, 128)}

@@ -27,11 +27,11 @@ from timing import DEVICE, Step
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ddpm_pipe.data import ImageData, load_images
-from ddpm_pipe.draws import micro_batches
+from ddpm_pipe.data.memory import ImageData, load_images
 from ddpm_pipe.objective import Objective
-from ddpm_pipe.recipe import TrainConfig, make_scheduler, make_unet
-from ddpm_pipe.state import TrainState
+from ddpm_pipe.training.draws import micro_batches
+from ddpm_pipe.training.recipe import TrainConfig, make_scheduler, make_unet
+from ddpm_pipe.training.state import TrainState
 
 ROOT = Path(__file__).resolve().parent.parent
 LUCIDRAINS = ("denoising-diffusion-pytorch", "2.3.4", "denoising_diffusion_pytorch.denoising_diffusion_pytorch")
@@ -76,7 +76,7 @@ def make_network(config: TrainConfig) -> ModelMixin:
 
 
 def our_step(config: TrainConfig, precision: str) -> Step:
-    """A step of ddpm_pipe.train, without what it writes."""
+    """A step of ddpm_pipe.training.loop, without what it writes."""
     accelerator = fresh_accelerator(precision)
     data = load_images(config.data)
     state = TrainState(config, make_unet(config, data), accelerator)

@@ -1,6 +1,6 @@
 """Train pixel-space diffusion models on your own images, know how good they are, and share them."""
 
-from ddpm_pipe.portable import DDPMPipeline
+from ddpm_pipe.pretrained import DDPMPipeline
 from ddpm_pipe.schedulers import DDIMScheduler, DDPMScheduler
 from ddpm_pipe.unet import DDPMUNet2DModel
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from ddpm_pipe.noise import check_choice, check_number, falling_timesteps
+from ddpm_pipe.checks import check_choice, check_number, falling_timesteps
 from ddpm_pipe.prediction import PREDICTIONS
 
 

@@ -18,7 +18,7 @@ import yaml
 from accelerate.utils import str_to_bool
 from transformers import HfArgumentParser
 
-from ddpm_pipe.checkpoint import replace_text
+from ddpm_pipe.run.files import replace_text
 
 # ---------------------------------------------------------------- types
 

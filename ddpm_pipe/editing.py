@@ -12,11 +12,12 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ddpm_pipe.images import to_array
-from ddpm_pipe.noise import add_noise, check_choice, check_number
+from ddpm_pipe.checks import check_choice, check_number
+from ddpm_pipe.data.images import to_array
+from ddpm_pipe.noise import add_noise
 from ddpm_pipe.pipeline import OUTPUT_TYPES
-from ddpm_pipe.portable import DDPMPipeline
 from ddpm_pipe.prediction import PREDICTIONS
+from ddpm_pipe.pretrained import DDPMPipeline
 
 Images = Image.Image | Tensor | list[Image.Image] | list[Tensor]
 Generators = torch.Generator | list[torch.Generator] | None

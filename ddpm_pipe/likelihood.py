@@ -61,9 +61,10 @@ def vlb_term(
     s = t - 1
     kernel = scheduler.reverse_kernel(model_output, t, s, x_t, clip)
     mean, variance = posterior(x0, x_t, scheduler.alpha_bar(t), scheduler.alpha_bar(s))
-    log_variance = variance.clamp(min=1e-20).log().to(mean.dtype).view(-1, *[1] * (x0.ndim - 1))
-    kl = normal_kl(mean, log_variance, kernel.mean, kernel.log_variance)
-    decoder = -discretized_gaussian_log_likelihood(x0, kernel.mean, kernel.log_variance)
+    log_variance = torch.as_tensor(variance).clamp(min=1e-20).log().to(mean.dtype).view(-1, *[1] * (x0.ndim - 1))
+    of_network = torch.as_tensor(kernel.log_variance)
+    kl = normal_kl(mean, log_variance, kernel.mean, of_network)
+    decoder = -discretized_gaussian_log_likelihood(x0, kernel.mean, of_network)
     return torch.where(t == 0, bits(decoder), bits(kl))
 
 

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm_pipe.checks import check_choice
 from ddpm_pipe.likelihood import vlb_term
-from ddpm_pipe.noise import check_choice, snr
+from ddpm_pipe.noise import snr
 from ddpm_pipe.prediction import PREDICTIONS, loss_weight
 from ddpm_pipe.schedulers import LEARNED_VARIANCES, DDPMScheduler
 

@@ -13,8 +13,8 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ddpm_pipe.checks import check_choice, check_number, whole_numbers
 from ddpm_pipe.compatibility import check_scheduler, set_timesteps
-from ddpm_pipe.noise import check_choice, check_number, whole_numbers
 from ddpm_pipe.prediction import PREDICTIONS
 
 OUTPUT_TYPES = ("pil", "np", "pt")

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_pipe.noise import Coefficient, add_scaled, broadcast, check_choice, mix, signal_and_noise
+from ddpm_pipe.checks import check_choice
+from ddpm_pipe.noise import Coefficient, add_scaled, broadcast, mix, signal_and_noise
 
 
 class Prediction(NamedTuple):

@@ -7,7 +7,7 @@ are float64, `step` computes in float32 or better and never waits for the device
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 import torch
@@ -19,15 +19,14 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ddpm_pipe.checks import check_choice, falling_timesteps
 from ddpm_pipe.noise import (
     BETA_SCHEDULES,
     Coefficient,
     add_noise,
     add_scaled,
     broadcast,
-    check_choice,
     exp,
-    falling_timesteps,
     log,
     make_betas,
     mix,
@@ -198,6 +197,12 @@ class _DiffusionScheduler(SchedulerMixin, ConfigMixin):
         self._previous = self._previous.to(timestep.device)
         return self._previous.index_select(0, timestep.reshape(-1)).view(timestep.shape)
 
+    @overload
+    def alpha_bar(self, timestep: int) -> float: ...
+
+    @overload
+    def alpha_bar(self, timestep: Tensor) -> Tensor: ...
+
     def alpha_bar(self, timestep: int | Tensor) -> Coefficient:
         """alpha_bar at timesteps >= -1: a number for a number, else float64, shaped like `timestep` on its device."""
         if not isinstance(timestep, Tensor):
@@ -229,8 +234,8 @@ class _DiffusionScheduler(SchedulerMixin, ConfigMixin):
         """x0 clipped or dynamically thresholded (Saharia et al. 2022, section 2.3), as the config says."""
         if self.config.thresholding:
             magnitude = x0.flatten(1).abs().float()
-            bound = magnitude.quantile(self.config.dynamic_thresholding_ratio, dim=1)
-            bound = broadcast(bound.clamp(1, self.config.sample_max_value), x0)
+            quantile = magnitude.quantile(self.config.dynamic_thresholding_ratio, dim=1)
+            bound = quantile.clamp(1, self.config.sample_max_value).view(-1, *[1] * (x0.ndim - 1))
             return x0.clamp(-bound, bound) / bound
         if self.config.clip_sample:
             return x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)

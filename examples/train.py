@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from ddpm_pipe.config import main
-from ddpm_pipe.train import TrainConfig, train
+from ddpm_pipe.training.loop import TrainConfig, train
 
 HERE = Path(__file__).resolve().parent
 

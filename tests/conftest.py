@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState
 from lives import Lives
 from runs import make_recipe
 
-from ddpm_pipe.sources import open_dataset
+from ddpm_pipe.data.sources import open_dataset
 
 # One worker per core: more threads would only wait for each other, here and in the processes that tests start.
 torch.set_num_threads(1)

@@ -17,7 +17,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ddpm_pipe.data import load_images
+from ddpm_pipe.data.memory import load_images
 
 BUNDLED = str(Path(__file__).parent.parent / "examples" / "fashion_mnist")
 BATCH_SIZE = 100

@@ -123,7 +123,7 @@ class Lives:
 def serve() -> None:
     """Start and await children as told, one request and one answer a line. A child returns from here too."""
     os.chdir(REPO)
-    for name in ("ddpm_pipe.train", "matplotlib.backends.backend_agg", "scipy.io", "diffusers.schedulers"):
+    for name in ("ddpm_pipe.training.loop", "matplotlib.backends.backend_agg", "scipy.io", "diffusers.schedulers"):
         importlib.import_module(name)
 
     threads = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]

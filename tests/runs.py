@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from ddpm_pipe.checkpoint import Checkpoints
 from ddpm_pipe.config import JsonDict, save_config
-from ddpm_pipe.log import read_metrics
-from ddpm_pipe.recipe import TrainConfig
+from ddpm_pipe.run.checkpoint import Checkpoints
+from ddpm_pipe.training.log import read_metrics
+from ddpm_pipe.training.recipe import TrainConfig
 
 REPO = Path(__file__).parent.parent
 NETWORK = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "attention_types": "none"}

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm_pipe.checkpoint import CheckpointError, Checkpoints, replace_folder
+from ddpm_pipe.run.checkpoint import Checkpoints
+from ddpm_pipe.run.files import CheckpointError, replace_folder
 
 
 def weights(value: float) -> dict:

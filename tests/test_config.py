@@ -10,12 +10,12 @@ import pytest
 import yaml
 
 from ddpm_pipe.config import Config, JsonDict, parse_config, save_config
-from ddpm_pipe.convert import ConvertConfig
-from ddpm_pipe.evaluate import EvaluateConfig
-from ddpm_pipe.generate import GenerateConfig
-from ddpm_pipe.hub import PushConfig
-from ddpm_pipe.posthoc import PosthocConfig
-from ddpm_pipe.recipe import TrainConfig
+from ddpm_pipe.evaluation.evaluate import EvaluateConfig
+from ddpm_pipe.sampling.generate import GenerateConfig
+from ddpm_pipe.sharing.convert.command import ConvertConfig
+from ddpm_pipe.sharing.push import PushConfig
+from ddpm_pipe.training.posthoc import PosthocConfig
+from ddpm_pipe.training.recipe import TrainConfig
 
 
 def parse(*argv: str, **defaults) -> TrainConfig:

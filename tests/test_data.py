@@ -19,9 +19,9 @@ import torch
 from broken_images import BROKEN, encoded
 from PIL import Image
 
-from ddpm_pipe.data import Batches, ImageData, _reserve, load_images
-from ddpm_pipe.images import Unreadable, attempt, map_cells, open_image, to_array, to_unit_range
-from ddpm_pipe.stream import stream_images
+from ddpm_pipe.data.images import Unreadable, attempt, map_cells, open_image, to_array, to_unit_range
+from ddpm_pipe.data.memory import Batches, ImageData, _reserve, load_images
+from ddpm_pipe.data.stream import stream_images
 
 RED, GREY = (200, 30, 40), 90
 
@@ -294,7 +294,7 @@ def test_memory_mapped_images_are_the_same_and_are_decoded_once(tmp_path, monkey
     in_memory, mapped = load_images(path), load_images(path, max_memory=0)
     assert mapped.memory_mapped and not in_memory.memory_mapped
     assert torch.equal(mapped.images, in_memory.images) and torch.equal(mapped.rows, in_memory.rows)
-    monkeypatch.setattr("ddpm_pipe.data._decode_into", None)  # would fail if it were decoded again
+    monkeypatch.setattr("ddpm_pipe.data.memory._decode_into", None)  # would fail if it were decoded again
     again = load_images(path, max_memory=0)
     assert torch.equal(again.images, mapped.images) and again.skipped == mapped.skipped
 
@@ -322,7 +322,7 @@ def test_what_is_decoded_otherwise_is_decoded_again(tmp_path, cache, monkeypatch
     monkeypatch.setattr(PIL, "__version__", "0")
     load_images(path, max_memory=0)
     assert decoded(cache) == 4
-    monkeypatch.setattr("ddpm_pipe.data.DECODING", 0)
+    monkeypatch.setattr("ddpm_pipe.data.memory.DECODING", 0)
     load_images(path, max_memory=0)
     assert decoded(cache) == 5
 
@@ -350,11 +350,11 @@ def test_a_damaged_file_of_decoded_images_is_made_again(tmp_path, cache, damage)
 DECODER = """
 import sys, time
 from pathlib import Path
-from ddpm_pipe import data
+from ddpm_pipe.data import memory
 
 signs, count = Path(sys.argv[2]), 0
 
-def to_array(*args, decode=data.to_array):
+def to_array(*args, decode=memory.to_array):
     global count
     count += 1
     if count == 3:
@@ -363,8 +363,8 @@ def to_array(*args, decode=data.to_array):
             time.sleep(0.01)
     return decode(*args)
 
-data.to_array = to_array
-data.load_images(sys.argv[1], max_memory=0)
+memory.to_array = to_array
+memory.load_images(sys.argv[1], max_memory=0)
 """
 """A process that decodes a folder into the cache, and waits at the third image until it is told to go on."""
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddpm_pipe.ema import EMA, warmup_decay
+from ddpm_pipe.training.ema import EMA, warmup_decay
 
 
 def network(value: float) -> nn.Module:

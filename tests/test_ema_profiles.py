@@ -20,9 +20,9 @@ from scipy.integrate import quad
 from torch import nn
 
 from ddpm_pipe import DDPMPipeline
-from ddpm_pipe.ema import EMA, posthoc_coefficients, power_decay, power_exponent, profile_products
-from ddpm_pipe.posthoc import PosthocConfig, reconstruct, write_posthoc_pipelines
-from ddpm_pipe.train import TrainConfig, train
+from ddpm_pipe.training.ema import EMA, posthoc_coefficients, power_decay, power_exponent, profile_products
+from ddpm_pipe.training.loop import TrainConfig, train
+from ddpm_pipe.training.posthoc import PosthocConfig, reconstruct, write_posthoc_pipelines
 
 reliable = settings(deadline=None, derandomize=True, database=None)
 FLAT = 12**-0.5  # the widest profile
@@ -200,7 +200,7 @@ def make_run(folder: Path, **options) -> Path:
     """A run of 40 steps with ten snapshots of each width; without its report, for time."""
     defaults = {"steps": 40, "learning_rate": 4e-3, "sample_every": 0, "save_every": 4, "ema_sigma_rel": list(TRACKED)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ddpm_pipe.train.write_report", lambda run: None)
+        patch.setattr("ddpm_pipe.training.loop.write_report", lambda run: None)
         train(make_recipe(folder, **(defaults | options)))
     AcceleratorState._reset_state(reset_partial_state=True)
     return folder

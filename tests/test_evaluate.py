@@ -13,14 +13,14 @@ from huggingface_hub import ModelCard
 from runs import NETWORK, REPO, make_recipe, write_config
 
 from ddpm_pipe import DDPMPipeline
-from ddpm_pipe.card import make_card
-from ddpm_pipe.checkpoint import replace_folder
 from ddpm_pipe.config import parse_config
-from ddpm_pipe.data import load_images
-from ddpm_pipe.evaluate import EvaluateConfig, check_finite, denoiser, evaluate
-from ddpm_pipe.images import to_unit_range
+from ddpm_pipe.data.images import to_unit_range
+from ddpm_pipe.data.memory import load_images
+from ddpm_pipe.data.sources import open_dataset
+from ddpm_pipe.evaluation.evaluate import EvaluateConfig, check_finite, denoiser, evaluate
 from ddpm_pipe.likelihood import variational_bound
-from ddpm_pipe.sources import open_dataset
+from ddpm_pipe.run.files import replace_folder
+from ddpm_pipe.sharing.card import make_card
 
 DATA = str(REPO / "examples" / "fashion_mnist")
 
@@ -247,7 +247,7 @@ def test_training_images_do_not_pass_for_held_out_ones(measure, few_images, monk
     def sampled(*_, **__):
         raise AssertionError("images were drawn")
 
-    monkeypatch.setattr("ddpm_pipe.evaluate.measure_samples", sampled)
+    monkeypatch.setattr("ddpm_pipe.evaluation.evaluate.measure_samples", sampled)
     told = r"100% of those of split='test' are also in train_split='train'"
     with pytest.raises(ValueError, match=told):  # a folder of one split, whatever its name
         measure("--num_images", "20", "--data", few_images, *asked)

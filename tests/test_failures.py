@@ -16,11 +16,12 @@ from lives import Life
 from runs import NETWORK, STOCK, assert_same, final_state, make_recipe, write_config
 from safetensors.torch import load_file
 
-from ddpm_pipe.checkpoint import CheckpointError, Checkpoints
-from ddpm_pipe.log import read_metrics
-from ddpm_pipe.recipe import TrainConfig
-from ddpm_pipe.state import TrainState
-from ddpm_pipe.train import train
+from ddpm_pipe.run.checkpoint import Checkpoints
+from ddpm_pipe.run.files import CheckpointError
+from ddpm_pipe.training.log import read_metrics
+from ddpm_pipe.training.loop import train
+from ddpm_pipe.training.recipe import TrainConfig
+from ddpm_pipe.training.state import TrainState
 
 CHANCY = {
     "unet": NETWORK | {"dropout": 0.1, "self_condition": True},
@@ -264,8 +265,8 @@ def begun_small(recipe) -> Path:
 
 def spoil(monkeypatch, bad_steps, value=torch.nan, part=0, times=10**9) -> None:
     """Multiply the noise of a part of the batch in some steps, each the first `times` that it is trained."""
-    import ddpm_pipe.train as train
-    from ddpm_pipe import draws
+    import ddpm_pipe.training.loop as train
+    from ddpm_pipe.training import draws
 
     seen = []
 
@@ -365,7 +366,7 @@ def test_weights_that_are_not_finite_are_never_written(recipe, monkeypatch, sick
 
     monkeypatch.setattr(TrainState, "optimizer_step", optimizer_step)
     if sick == "all":
-        monkeypatch.setattr("ddpm_pipe.state.lr_at", lambda step, config: torch.inf if step == 4 else 1e-3)
+        monkeypatch.setattr("ddpm_pipe.training.state.lr_at", lambda step, config: torch.inf if step == 4 else 1e-3)
     config = recipe(sample_every=0, save_every=2, steps=8)
     with pytest.raises(CheckpointError, match=r"weights at step 6 are not finite and were not saved"):
         train(config)

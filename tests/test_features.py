@@ -16,9 +16,9 @@ import torch
 from feature_network import torch_fidelity  # noqa: F401
 from torch import Tensor, nn
 
-from ddpm_pipe.evaluate import EvaluateConfig
-from ddpm_pipe.features import FILE, FeatureNetwork, extract, load_features, reference_features
-from ddpm_pipe.metrics import frechet_distance
+from ddpm_pipe.evaluation.evaluate import EvaluateConfig
+from ddpm_pipe.evaluation.features import FILE, FeatureNetwork, extract, load_features, reference_features
+from ddpm_pipe.evaluation.metrics import frechet_distance
 
 COUNT, SIZE = 23, 12  # not a multiple of any batch size below
 PIXELS = torch.randint(0, 256, (COUNT, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -200,8 +200,8 @@ def test_inception_is_found_in_the_folder_of_torch_hub(torch_fidelity, monkeypat
 WITHOUT_TORCHVISION = """
 import sys
 import torch
-from ddpm_pipe.features import load_features
-from ddpm_pipe.metrics import frechet_distance
+from ddpm_pipe.evaluation.features import load_features
+from ddpm_pipe.evaluation.metrics import frechet_distance
 sys.modules["torchvision"] = None  # it cannot be imported
 torch.hub.load_state_dict_from_url = lambda *_, **__: {}
 features = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
@@ -341,7 +341,7 @@ def test_killed_writer_leaves_no_entry(network, counted, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("ddpm_pipe.features.save_tensors", killed)
+        patch.setattr("ddpm_pipe.evaluation.features.save_tensors", killed)
         with pytest.raises(KeyboardInterrupt):
             reference_features(network, images, COUNT, tmp_path)
     assert not list(tmp_path.glob(f"[!.]*/{FILE}"))
@@ -353,7 +353,7 @@ def test_full_disk_costs_the_entry_and_not_the_evaluation(network, tmp_path, mon
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("ddpm_pipe.features.save_tensors", full)
+    monkeypatch.setattr("ddpm_pipe.evaluation.features.save_tensors", full)
     assert len(reference_features(network, images, COUNT, tmp_path)) == COUNT
     assert "are not kept" in caplog.text and not list(tmp_path.glob("[!.]*"))
 

@@ -25,9 +25,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import ddpm_pipe
 from ddpm_pipe import DDIMScheduler, DDPMPipeline, DDPMScheduler, DDPMUNet2DModel
 from ddpm_pipe.config import parse_config, save_config
-from ddpm_pipe.data import load_images
-from ddpm_pipe.generate import FORMATS, GenerateConfig, generate, parse_seeds
-from ddpm_pipe.sampling import ALIASES, SCHEDULERS, pipeline_for, protocol, sample_images
+from ddpm_pipe.data.memory import load_images
+from ddpm_pipe.sampling.generate import FORMATS, GenerateConfig, generate, parse_seeds
+from ddpm_pipe.sampling.protocol import ALIASES, SCHEDULERS, pipeline_for, protocol, sample_images
 
 SIZE, CLASSES, STEPS = 8, 3, 20
 NETWORKS = {
@@ -147,7 +147,7 @@ def test_in_memory_there_are_the_images_of_the_files(config):
 
 # ---------------------------------------------------------------- processes
 
-multiprocessing.set_forkserver_preload(["ddpm_pipe.generate"])  # its children need not import it again
+multiprocessing.set_forkserver_preload(["ddpm_pipe.sampling.generate"])  # its children need not import it again
 
 
 def run_in_child(config: GenerateConfig) -> None:

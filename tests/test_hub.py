@@ -16,12 +16,12 @@ from huggingface_hub import HfApi, ModelCard, constants
 from runs import REPO, make_recipe, write_config
 
 from ddpm_pipe import DDPMPipeline
-from ddpm_pipe.card import make_card, training_seconds
 from ddpm_pipe.config import parse_config, read_config_file
-from ddpm_pipe.hub import PushConfig, Pusher, PushError, repeated, stage
-from ddpm_pipe.hub import push as share
-from ddpm_pipe.recipe import TrainConfig
-from ddpm_pipe.sampling import weights_sha256
+from ddpm_pipe.sampling.protocol import weights_sha256
+from ddpm_pipe.sharing.card import make_card, training_seconds
+from ddpm_pipe.sharing.push import PushConfig, Pusher, PushError, repeated, stage
+from ddpm_pipe.sharing.push import push as share
+from ddpm_pipe.training.recipe import TrainConfig
 
 pytestmark = pytest.mark.xdist_group("hub")
 

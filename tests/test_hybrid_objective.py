@@ -14,7 +14,7 @@ from ddpm_pipe.likelihood import vlb_term
 from ddpm_pipe.objective import Objective
 from ddpm_pipe.prediction import PREDICTIONS
 from ddpm_pipe.schedulers import DDPMScheduler
-from ddpm_pipe.train import train
+from ddpm_pipe.training.loop import train
 
 every_prediction = pytest.mark.parametrize("prediction_type", PREDICTIONS)
 
@@ -172,7 +172,7 @@ OPTIONS = {
 @pytest.fixture
 def learned(recipe, monkeypatch):
     """A run of four steps with learned variance; without its report, for time."""
-    monkeypatch.setattr("ddpm_pipe.train.write_report", lambda run: None)
+    monkeypatch.setattr("ddpm_pipe.training.loop.write_report", lambda run: None)
     defaults = {"variance_type": "learned_range", "steps": 4, "sample_every": 0, "num_samples": 2, "ema_sigma_rel": []}
     return lambda folder="run", **options: recipe(folder, **(defaults | options))
 

@@ -15,11 +15,11 @@ import torch
 from lives import Life
 from runs import NETWORK, REPO, assert_same, final_state, loss_curve, make_recipe, write_config
 
-from ddpm_pipe.checkpoint import Checkpoints
-from ddpm_pipe.interruption import Interrupted, Interruption
-from ddpm_pipe.log import Log, read_metrics
-from ddpm_pipe.recipe import TrainConfig
-from ddpm_pipe.train import train
+from ddpm_pipe.run.checkpoint import Checkpoints
+from ddpm_pipe.training.interruption import Interrupted, Interruption
+from ddpm_pipe.training.log import Log, read_metrics
+from ddpm_pipe.training.loop import train
+from ddpm_pipe.training.recipe import TrainConfig
 
 BOTH, name_of = [signal.SIGTERM, signal.SIGINT], operator.attrgetter("name")
 
@@ -247,7 +247,7 @@ def test_a_run_asked_to_stop_in_its_last_step_is_a_finished_run(recipe, monkeypa
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Log, "write", ask)
-    monkeypatch.setattr("ddpm_pipe.train.write_report", lambda run: None)
+    monkeypatch.setattr("ddpm_pipe.training.loop.write_report", lambda run: None)
     config = recipe(steps=6, sample_every=0)
     if stops:
         with pytest.raises(Interrupted):

@@ -12,9 +12,9 @@ import pytest
 from runs import NETWORK, assert_same, final_state, loss_curve, make_recipe, write_config
 from safetensors.torch import load_file
 
-from ddpm_pipe.checkpoint import Checkpoints
-from ddpm_pipe.log import read_metrics
-from ddpm_pipe.recipe import TrainConfig
+from ddpm_pipe.run.checkpoint import Checkpoints
+from ddpm_pipe.training.log import read_metrics
+from ddpm_pipe.training.recipe import TrainConfig
 
 pytestmark = pytest.mark.slow
 

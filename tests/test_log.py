@@ -14,13 +14,13 @@ from runs import NETWORK, assert_same, final_state, loss_curve
 from safetensors.torch import load_file
 
 from ddpm_pipe import DDPMPipeline
-from ddpm_pipe.data import ImageData
-from ddpm_pipe.health import held_out_loss, sample_grid
-from ddpm_pipe.log import METRICS, TIMESTEP_BINS, Log, mean_by_timestep, named_means, read_metrics
+from ddpm_pipe.data.memory import ImageData
 from ddpm_pipe.objective import Objective
-from ddpm_pipe.recipe import make_scheduler, make_unet
-from ddpm_pipe.report import write_report
-from ddpm_pipe.train import load_training_images, make_accelerator, train
+from ddpm_pipe.training.log import METRICS, TIMESTEP_BINS, Log, mean_by_timestep, named_means, read_metrics
+from ddpm_pipe.training.loop import load_training_images, make_accelerator, train
+from ddpm_pipe.training.recipe import make_scheduler, make_unet
+from ddpm_pipe.training.report import write_report
+from ddpm_pipe.training.validation import held_out_loss, sample_grid
 
 # ---------------------------------------------------------------- losses by timestep
 

@@ -11,10 +11,10 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 from torch.testing import assert_close
 
-from ddpm_pipe import metrics
-from ddpm_pipe.data import load_images
-from ddpm_pipe.features import extract, load_features
-from ddpm_pipe.metrics import (
+from ddpm_pipe.data.memory import load_images
+from ddpm_pipe.evaluation import metrics
+from ddpm_pipe.evaluation.features import extract, load_features
+from ddpm_pipe.evaluation.metrics import (
     FULL_COUNT,
     evaluate_features,
     frechet_distance,

@@ -36,7 +36,7 @@ from ddpm_pipe import (
     schedulers,
 )
 from ddpm_pipe.editing import InpaintPipeline
-from ddpm_pipe.portable import CODE, bundle
+from ddpm_pipe.pretrained import CODE, bundle
 
 pytestmark = pytest.mark.xdist_group("hub")  # one worker: the processes are started once
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ddpm_pipe.config import JsonDict
-from ddpm_pipe.data import ImageData
-from ddpm_pipe.recipe import TrainConfig, lr_at, make_scheduler, make_unet
+from ddpm_pipe.data.memory import ImageData
+from ddpm_pipe.training.recipe import TrainConfig, lr_at, make_scheduler, make_unet
 
 SMALL = {"block_out_channels": [8, 16], "norm_num_groups": 4}
 STOCK = {

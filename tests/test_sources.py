@@ -14,9 +14,9 @@ import pytest
 from broken_images import encoded
 from PIL import Image
 
-from ddpm_pipe.data import load_images
-from ddpm_pipe.sources import list_images, open_dataset, read_labels
-from ddpm_pipe.stream import stream_images
+from ddpm_pipe.data.memory import load_images
+from ddpm_pipe.data.sources import list_images, open_dataset, read_labels
+from ddpm_pipe.data.stream import stream_images
 
 
 def picture(number: int) -> Image.Image:

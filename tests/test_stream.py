@@ -13,8 +13,8 @@ import torch
 from broken_images import BROKEN, encoded
 from PIL import Image
 
-from ddpm_pipe.data import load_images
-from ddpm_pipe.stream import StreamBatches, stream_images
+from ddpm_pipe.data.memory import load_images
+from ddpm_pipe.data.stream import StreamBatches, stream_images
 
 
 def picture(number: int) -> Image.Image:
@@ -127,7 +127,7 @@ def test_parts_make_up_the_batch_where_images_are_broken(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:unreadable image")
 def test_a_stream_of_broken_images_is_given_up_in_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr("ddpm_pipe.stream.PATIENCE", 8)
+    monkeypatch.setattr("ddpm_pipe.data.stream.PATIENCE", 8)
     contents = [encoded(picture(0))] + [b"no picture"] * 50
     train, _ = stream_images(raw_parquet(tmp_path, *contents)).hold_out(1, seed=0)
     with pytest.raises(ValueError, match=r"an image of the stream and the next 8 cannot be read; the last: no path"):

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch.testing import assert_close
 
-from ddpm_pipe.draws import micro_batches
-from ddpm_pipe.recipe import TrainConfig
-from ddpm_pipe.timesteps import TIMESTEP_SAMPLERS, LossSecondMomentSampler, UniformSampler
+from ddpm_pipe.training.draws import micro_batches
+from ddpm_pipe.training.recipe import TrainConfig
+from ddpm_pipe.training.timestep_sampling import TIMESTEP_SAMPLERS, LossSecondMomentSampler, UniformSampler
 
 STEPS = 6
 reliable = settings(deadline=None, derandomize=True, database=None)

@@ -17,9 +17,9 @@ from runs import NETWORK, REPO, STOCK, assert_same, final_state, launch, loss_cu
 from safetensors.torch import load_file
 
 from ddpm_pipe import DDPMPipeline
-from ddpm_pipe.checkpoint import Checkpoints
-from ddpm_pipe.recipe import TrainConfig
-from ddpm_pipe.train import train
+from ddpm_pipe.run.checkpoint import Checkpoints
+from ddpm_pipe.training.loop import train
+from ddpm_pipe.training.recipe import TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -50,9 +50,9 @@ def test_the_network_learns(recipe, monkeypatch):
     """The loss of the last steps is far below that of the first and below 1, the loss of answering zero."""
     losses = []
     monkeypatch.setattr(
-        "ddpm_pipe.train.Log.write", lambda _, step, seen, **__: losses.append(seen[0][1].mean().item())
+        "ddpm_pipe.training.loop.Log.write", lambda _, step, seen, **__: losses.append(seen[0][1].mean().item())
     )
-    monkeypatch.setattr("ddpm_pipe.train.write_report", lambda run: None)
+    monkeypatch.setattr("ddpm_pipe.training.loop.write_report", lambda run: None)
     train(recipe(steps=150, batch_size=32, learning_rate=4e-3, sample_every=0))
     first, last = sum(losses[:5]) / 5, sum(losses[-20:]) / 20
     assert first > 0.8
@@ -80,7 +80,7 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(recipe, 
             raise stop
         return state_step(state, step, seen)
 
-    from ddpm_pipe.state import TrainState
+    from ddpm_pipe.training.state import TrainState
 
     state_step = TrainState.optimizer_step
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ddpm_pipe.log import read_metrics
+from ddpm_pipe.training.log import read_metrics
 
 
 def write_report(run: Path) -> Path:

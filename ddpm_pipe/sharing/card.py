@@ -10,17 +10,17 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ddpm_pipe.checkpoint import TRAINING
 from ddpm_pipe.config import read_config_file
-from ddpm_pipe.log import grid_files, read_metrics
-from ddpm_pipe.portable import CODE
-from ddpm_pipe.recipe import CONFIG, PLAN
-from ddpm_pipe.sampling import shared_name, weights_sha256
+from ddpm_pipe.pretrained import CODE
+from ddpm_pipe.run.files import TRAINING
+from ddpm_pipe.sampling.protocol import shared_name, weights_sha256
+from ddpm_pipe.training.log import grid_files, read_metrics
+from ddpm_pipe.training.recipe import CONFIG, PLAN
 from ddpm_pipe.weights import read_json, saved_variants
 
 EVALUATION = "evaluation.json"
 PICTURE = "samples.png"
-TEMPLATES = [Path(__file__).parents[up] / "model_cards" / "TEMPLATE.md" for up in (0, 1)]
+TEMPLATES = [Path(__file__).parents[up] / "model_cards" / "TEMPLATE.md" for up in (1, 2)]
 """Where the template lies: in the installed package, or beside it in a checkout."""
 TASK = "unconditional-image-generation"
 PRIVATE = ("output_dir", "push_to", "push_every", "push_public", "resume", "overwrite")

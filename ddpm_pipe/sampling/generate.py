@@ -21,11 +21,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ddpm_pipe.checkpoint import replace_text, whole_file
+from ddpm_pipe.checks import check_choice
 from ddpm_pipe.config import option
-from ddpm_pipe.noise import check_choice
-from ddpm_pipe.portable import DDPMPipeline
-from ddpm_pipe.sampling import (
+from ddpm_pipe.pretrained import DDPMPipeline
+from ddpm_pipe.run.files import replace_text, whole_file
+from ddpm_pipe.sampling.protocol import (
     Batch,
     SampleConfig,
     label_cycle,

@@ -18,20 +18,20 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ddpm_pipe.card import EVALUATION
-from ddpm_pipe.checkpoint import replace_text
 from ddpm_pipe.config import option
-from ddpm_pipe.data import ImageData, load_images
-from ddpm_pipe.features import FeatureNetwork, extract, load_features, reference_features
-from ddpm_pipe.images import to_unit_range
+from ddpm_pipe.data.images import to_unit_range
+from ddpm_pipe.data.memory import ImageData, load_images
+from ddpm_pipe.evaluation.features import FeatureNetwork, extract, load_features, reference_features
+from ddpm_pipe.evaluation.metrics import evaluate_features
+from ddpm_pipe.evaluation.neighbours import nearest, neighbour_grid, share_of_copies
 from ddpm_pipe.likelihood import Bound, variational_bound
-from ddpm_pipe.memorisation import nearest, neighbour_grid, share_of_copies
-from ddpm_pipe.metrics import evaluate_features
 from ddpm_pipe.pipeline import PixelDiffusionPipeline
 from ddpm_pipe.prediction import PREDICTIONS
 from ddpm_pipe.randomness import generator
-from ddpm_pipe.sampling import SampleConfig, pipeline_for, processes, protocol, sample_images, shared_name
+from ddpm_pipe.run.files import replace_text
+from ddpm_pipe.sampling.protocol import SampleConfig, pipeline_for, processes, protocol, sample_images, shared_name
 from ddpm_pipe.schedulers import DDPMScheduler
+from ddpm_pipe.sharing.card import EVALUATION
 
 Row = dict[str, Any]
 """One metric: type, name, value, protocol (as the model card shows it), and what else belongs to it."""

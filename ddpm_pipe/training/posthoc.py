@@ -8,10 +8,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ddpm_pipe.checkpoint import MANIFEST, CheckpointError, check_manifest, save_pipeline, shapes
 from ddpm_pipe.config import Config, option
-from ddpm_pipe.ema import posthoc_coefficients, power_exponent
-from ddpm_pipe.portable import DDPMPipeline
+from ddpm_pipe.pretrained import DDPMPipeline
+from ddpm_pipe.run.files import MANIFEST, CheckpointError, check_manifest, save_pipeline, shapes
+from ddpm_pipe.training.ema import posthoc_coefficients, power_exponent
 
 
 @dataclass

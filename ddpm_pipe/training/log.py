@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ddpm_pipe.checkpoint import replace_text
-from ddpm_pipe.recipe import TrainConfig
+from ddpm_pipe.run.files import replace_text
+from ddpm_pipe.training.recipe import TrainConfig
 
 METRICS = "metrics.jsonl"
 TIMESTEP_BINS = 10

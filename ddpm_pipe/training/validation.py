@@ -8,17 +8,17 @@ from diffusers import ModelMixin
 from diffusers.utils import make_image_grid
 from PIL import Image
 
-from ddpm_pipe.checkpoint import whole_file
-from ddpm_pipe.data import ImageData
-from ddpm_pipe.images import to_unit_range
-from ddpm_pipe.log import Log, grid_files, mean_by_timestep, named_means, read_metrics
+from ddpm_pipe.data.images import to_unit_range
+from ddpm_pipe.data.memory import ImageData
 from ddpm_pipe.objective import Objective
 from ddpm_pipe.pipeline import null_class
-from ddpm_pipe.portable import DDPMPipeline
+from ddpm_pipe.pretrained import DDPMPipeline
 from ddpm_pipe.randomness import generator
-from ddpm_pipe.recipe import TrainConfig
+from ddpm_pipe.run.files import whole_file
 from ddpm_pipe.schedulers import DDIMScheduler
-from ddpm_pipe.state import TrainState
+from ddpm_pipe.training.log import Log, grid_files, mean_by_timestep, named_means, read_metrics
+from ddpm_pipe.training.recipe import TrainConfig
+from ddpm_pipe.training.state import TrainState
 
 
 def show_health(

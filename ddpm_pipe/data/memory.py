@@ -20,8 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ddpm_pipe.checkpoint import replace_text, whole_file
-from ddpm_pipe.images import (
+from ddpm_pipe.data.images import (
     DECODING,
     Cell,
     Header,
@@ -38,8 +37,7 @@ from ddpm_pipe.images import (
     to_array,
     to_unit_range,
 )
-from ddpm_pipe.randomness import generator
-from ddpm_pipe.sources import (
+from ddpm_pipe.data.sources import (
     DataError,
     explained,
     find_image_column,
@@ -48,6 +46,8 @@ from ddpm_pipe.sources import (
     read_labels,
     reason,
 )
+from ddpm_pipe.randomness import generator
+from ddpm_pipe.run.files import replace_text, whole_file
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_pipe.data import ImageData
-from ddpm_pipe.images import (
+from ddpm_pipe.data.images import (
     Unreadable,
     check_memory,
     choose_channels,
@@ -27,8 +26,9 @@ from ddpm_pipe.images import (
     to_array,
     to_unit_range,
 )
+from ddpm_pipe.data.memory import ImageData
+from ddpm_pipe.data.sources import DataError, explained, find_image_column, find_label_column, is_label, open_dataset
 from ddpm_pipe.randomness import derive_seed, generator
-from ddpm_pipe.sources import DataError, explained, find_image_column, find_label_column, is_label, open_dataset
 
 PATIENCE = 1000
 """Rows in a row that cannot be read after which a stream is given up."""

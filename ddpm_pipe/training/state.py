@@ -9,18 +9,12 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from torch import Tensor
 
-from ddpm_pipe.checkpoint import (
-    CheckpointError,
-    Checkpoints,
-    replace_folder,
-    save_tensors,
-    shapes,
-    write_manifest,
-)
-from ddpm_pipe.ema import EMA, power_decay, warmup_decay
 from ddpm_pipe.pipeline import null_class
-from ddpm_pipe.recipe import TrainConfig, lr_at
-from ddpm_pipe.timesteps import TIMESTEP_SAMPLERS
+from ddpm_pipe.run.checkpoint import Checkpoints
+from ddpm_pipe.run.files import CheckpointError, replace_folder, save_tensors, shapes, write_manifest
+from ddpm_pipe.training.ema import EMA, power_decay, warmup_decay
+from ddpm_pipe.training.recipe import TrainConfig, lr_at
+from ddpm_pipe.training.timestep_sampling import TIMESTEP_SAMPLERS
 
 
 class TrainState:

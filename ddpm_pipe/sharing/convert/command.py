@@ -16,13 +16,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
-from ddpm_pipe import foreign
-from ddpm_pipe.checkpoint import replace_folder
+from ddpm_pipe.checks import check_choice
 from ddpm_pipe.config import Config
-from ddpm_pipe.foreign import from_reference
-from ddpm_pipe.noise import check_choice, make_betas, snr
-from ddpm_pipe.portable import SAMPLERS, DDPMPipeline, read_index
+from ddpm_pipe.noise import make_betas, snr
+from ddpm_pipe.pretrained import SAMPLERS, DDPMPipeline, read_index
+from ddpm_pipe.run.files import replace_folder
 from ddpm_pipe.schedulers import DDPMScheduler
+from ddpm_pipe.sharing.convert import networks
+from ddpm_pipe.sharing.convert.networks import from_reference
 from ddpm_pipe.weights import STEM, from_config, load_network, read_tensors, weight_files
 
 __all__ = ["ConvertConfig", "convert", "from_reference"]
@@ -199,7 +200,7 @@ def _convert_lucidrains(weights: dict[str, Tensor], version: str | None, config:
             "auto_normalize=False: a pipeline draws images in [-1, 1], so a network of images in [0, 1] cannot be "
             "converted; where the data were brought to [-1, 1] before training, leave auto_normalize at true."
         )
-    network = foreign.lucidrains_network(
+    network = networks.lucidrains_network(
         {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")},
         sample_size=config.sample_size,
         version=version or config.version,
@@ -227,7 +228,7 @@ def _scheduler_from_flags(config: ConvertConfig, network: ModelMixin) -> DDPMSch
 
 def _convert_improved(weights: dict[str, Tensor], version: str | None, config: ConvertConfig) -> DDPMPipeline:
     timesteps = config.needed("timesteps")
-    network = foreign.improved_network(
+    network = networks.improved_network(
         weights,
         sample_size=config.sample_size,
         num_heads=config.num_heads,
@@ -240,7 +241,7 @@ def _convert_improved(weights: dict[str, Tensor], version: str | None, config: C
 
 
 def _convert_ho(weights: dict[str, Tensor], version: str | None, config: ConvertConfig) -> DDPMPipeline:
-    network = foreign.ho_network(weights, config.sample_size, config.norm_num_groups)
+    network = networks.ho_network(weights, config.sample_size, config.norm_num_groups)
     return DDPMPipeline(network, _scheduler_from_flags(config, network))
 
 

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ddpm_pipe.randomness import derive_seed, generator
-from ddpm_pipe.recipe import TrainConfig
+from ddpm_pipe.training.recipe import TrainConfig
 
 
 class Draws(NamedTuple):

@@ -19,12 +19,12 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 
-from ddpm_pipe.checkpoint import sha256
+from ddpm_pipe.checks import check_choice
 from ddpm_pipe.compatibility import check_scheduler
 from ddpm_pipe.config import Config, JsonDict, option
-from ddpm_pipe.noise import check_choice
 from ddpm_pipe.pipeline import null_class
-from ddpm_pipe.portable import SAMPLERS, DDPMPipeline
+from ddpm_pipe.pretrained import SAMPLERS, DDPMPipeline
+from ddpm_pipe.run.files import sha256
 
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ddpm": ("DDPMScheduler", {}),

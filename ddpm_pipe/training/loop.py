@@ -19,22 +19,22 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, is_tensorboard_available, parse_flag_from_env
 from filelock import FileLock, Timeout
 
-from ddpm_pipe.card import EVALUATION
-from ddpm_pipe.checkpoint import replace_text, save_pipeline
 from ddpm_pipe.config import read_config_file, save_config
-from ddpm_pipe.data import ImageData, load_images
-from ddpm_pipe.draws import micro_batches
-from ddpm_pipe.health import show_health
-from ddpm_pipe.hub import PushConfig, Pusher
-from ddpm_pipe.interruption import Interrupted, Interruption
-from ddpm_pipe.log import METRICS, Log
+from ddpm_pipe.data.memory import ImageData, load_images
+from ddpm_pipe.data.stream import ImageStream, stream_images
 from ddpm_pipe.objective import Objective
-from ddpm_pipe.portable import DDPMPipeline
-from ddpm_pipe.recipe import CONFIG, PLAN, TrainConfig, lr_at, make_scheduler, make_unet
-from ddpm_pipe.report import write_report
+from ddpm_pipe.pretrained import DDPMPipeline
+from ddpm_pipe.run.files import replace_text, save_pipeline
 from ddpm_pipe.schedulers import DDPMScheduler
-from ddpm_pipe.state import TrainState
-from ddpm_pipe.stream import ImageStream, stream_images
+from ddpm_pipe.sharing.card import EVALUATION
+from ddpm_pipe.sharing.push import PushConfig, Pusher
+from ddpm_pipe.training.draws import micro_batches
+from ddpm_pipe.training.interruption import Interrupted, Interruption
+from ddpm_pipe.training.log import METRICS, Log
+from ddpm_pipe.training.recipe import CONFIG, PLAN, TrainConfig, lr_at, make_scheduler, make_unet
+from ddpm_pipe.training.report import write_report
+from ddpm_pipe.training.state import TrainState
+from ddpm_pipe.training.validation import show_health
 
 __all__ = ["Interrupted", "TrainConfig", "lr_at", "train"]
 

@@ -19,7 +19,7 @@ from diffusers.utils.torch_utils import get_device
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from ddpm_pipe import compatibility, noise, pipeline, prediction, schedulers, unet
+from ddpm_pipe import checks, compatibility, noise, pipeline, prediction, schedulers, unet
 from ddpm_pipe.pipeline import PixelDiffusionPipeline
 from ddpm_pipe.schedulers import DDIMScheduler, DDPMScheduler
 from ddpm_pipe.unet import CODE_FILE, DDPMUNet2DModel
@@ -185,10 +185,10 @@ class DDPMPipeline(PixelDiffusionPipeline):
                 index["scheduler"][0] = "diffusers"
             else:
                 index["scheduler"][0] = CODE["scheduler"]
-                sources["scheduler"] = [noise, prediction, schedulers]
+                sources["scheduler"] = [checks, noise, prediction, schedulers]
         if not stock_pipeline_samples(self.unet, self.scheduler):
             index["_class_name"] = [CODE["pipeline"], PixelDiffusionPipeline.__name__]
-            sources["pipeline"] = [noise, prediction, compatibility, pipeline]
+            sources["pipeline"] = [checks, noise, prediction, compatibility, pipeline]
         index.pop("_name_or_path", None)  # where it was loaded from is nobody's business
         (folder / self.config_name).write_text(json.dumps(index, indent=2) + "\n")
         for part, name in CODE.items():
@@ -224,7 +224,7 @@ class DDPMPipeline(PixelDiffusionPipeline):
         Raises:
             ValueError: where the Hub cannot be reached or refuses, or the repository is public and `private` is set.
         """
-        hub = import_module("ddpm_pipe.hub")  # it is built on this class, and loaded only where something is pushed
+        hub = import_module("ddpm_pipe.sharing.push")
         options = {"commit_message": commit_message, "token": token, "create_pr": create_pr}
         return hub.push_pipeline(self, repo_id, private, variant, **options)
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ddpm_pipe.sources import DataError, reason
+from ddpm_pipe.data.sources import DataError, reason
 
 T = TypeVar("T")
 Cell = dict[str, Any] | None

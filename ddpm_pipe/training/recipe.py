@@ -8,17 +8,17 @@ from typing import get_type_hints
 import torch
 from diffusers import ModelMixin
 
+from ddpm_pipe.checks import check_choice
 from ddpm_pipe.config import Config, JsonDict, option, typed
-from ddpm_pipe.data import ImageData
-from ddpm_pipe.ema import power_exponent
-from ddpm_pipe.noise import check_choice
+from ddpm_pipe.data.memory import ImageData
+from ddpm_pipe.data.stream import ImageStream
 from ddpm_pipe.objective import LOSSES
-from ddpm_pipe.portable import NETWORKS
 from ddpm_pipe.prediction import LOSS_WEIGHTS
+from ddpm_pipe.pretrained import NETWORKS
 from ddpm_pipe.randomness import derive_seed
 from ddpm_pipe.schedulers import LEARNED_VARIANCES, DDPMScheduler
-from ddpm_pipe.stream import ImageStream
-from ddpm_pipe.timesteps import TIMESTEP_SAMPLERS
+from ddpm_pipe.training.ema import power_exponent
+from ddpm_pipe.training.timestep_sampling import TIMESTEP_SAMPLERS
 
 CONFIG = "config.yaml"
 """The recipe of a run, in its folder; where it exists there is a run."""

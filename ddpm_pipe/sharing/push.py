@@ -12,11 +12,11 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from ddpm_pipe.card import CODE_FILES, EVALUATION, PICTURE, find_picture, make_card, read_evaluation
 from ddpm_pipe.config import Config, option
-from ddpm_pipe.log import METRICS
-from ddpm_pipe.portable import DDPMPipeline
-from ddpm_pipe.recipe import CONFIG, PLAN
+from ddpm_pipe.pretrained import DDPMPipeline
+from ddpm_pipe.sharing.card import CODE_FILES, EVALUATION, PICTURE, find_picture, make_card, read_evaluation
+from ddpm_pipe.training.log import METRICS
+from ddpm_pipe.training.recipe import CONFIG, PLAN
 from ddpm_pipe.weights import read_json
 
 CONFIGS = ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm_pipe.features import prepare_torch_fidelity
+from ddpm_pipe.evaluation.features import prepare_torch_fidelity
 
 FULL_COUNT = 50_000
 """Generated images from which on a metric needs no count in its name: it depends on how many there are."""

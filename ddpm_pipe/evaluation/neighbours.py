@@ -5,7 +5,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import Tensor
 
-from ddpm_pipe.data import ImageData
+from ddpm_pipe.data.memory import ImageData
 
 BLOCK = 4096  # training images compared at a time
 

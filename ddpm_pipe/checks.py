@@ -1,0 +1,44 @@
+"""Arguments checked, with one sentence for each that cannot be."""
+
+import math
+from collections.abc import Collection
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_choice(name: str, value: str, accepted: Collection[str]) -> None:
+    """Raise one sentence naming the argument and the accepted values where `value` is not one of them."""
+    if value not in list(accepted):  # a list has no need to hash the value
+        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(accepted)}.")
+
+
+def check_number(name: str, value: Any, whole: bool = False) -> None:
+    """Raise one sentence naming the argument where `value` is not a finite number, or not a whole one."""
+    is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r:.100} must be a {'whole' if whole else 'finite'} number.")
+
+
+def whole_numbers(values: Any) -> Tensor | None:
+    """A whole number or a list of them as int64 of shape () or (n,); None where `values` are something else."""
+    try:
+        tensor = torch.as_tensor(values if isinstance(values, Tensor | Integral) else list(values))
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    other = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool or tensor.ndim > 1
+    return None if other else tensor.long()
+
+
+def falling_timesteps(timesteps: Any, steps: int) -> list[int]:
+    """A list of timesteps to go through, checked.
+
+    Raises:
+        ValueError: where they are not strictly decreasing whole numbers from T - 1 to 0, T being `steps`.
+    """
+    chosen = whole_numbers(timesteps)
+    if chosen is None or chosen.ndim == 0 or (chosen.diff() >= 0).any() or chosen[0] >= steps or chosen[-1] < 0:
+        raise ValueError(f"timesteps must be strictly decreasing values from {steps - 1} to 0, all whole numbers.")
+    return chosen.tolist()

@@ -1,0 +1,1 @@
+"""Images and their labels: found, decoded, kept in memory or streamed."""

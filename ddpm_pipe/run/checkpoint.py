@@ -1,0 +1,94 @@
+"""Checkpoints of a run: written whole or not at all, checked when read, the oldest thrown away.
+
+A run folder holds `checkpoints/step-00001000/`, ..., each with its files and a `manifest.json` of their SHA-256 sums.
+"""
+
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ddpm_pipe.run.files import CheckpointError, check_manifest, replace_folder, save_tensors, write_manifest
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: the run folder.
+        keep_last: how many of the newest to keep, at least 1.
+        keep_every: keep also those whose step is a multiple of this; 0 for none.
+    """
+
+    def __init__(self, folder: Path, keep_last: int = 2, keep_every: int = 0):
+        self.folder = folder / "checkpoints"
+        self.keep_last, self.keep_every = keep_last, keep_every
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints on disk, increasing."""
+        found = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
+        return sorted(int(match[1]) for match in found if match)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def save(self, step: int, weights: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
+        """Write one checkpoint, then delete those no longer wanted.
+
+        Args:
+            step: optimizer steps done.
+            weights: file name without suffix -> state dict, as safetensors.
+            state: everything else, readable by `torch.load(weights_only=True)`.
+
+        Raises:
+            CheckpointError: where it cannot be written; earlier checkpoints are intact.
+        """
+
+        def write(folder: Path) -> None:
+            save_tensors(folder, weights)
+            torch.save(dict(state), folder / "state.pt")
+            write_manifest(folder, step)
+
+        replace_folder(self.path(step), write)
+        self._delete_old(step)
+        return self.path(step)
+
+    def _delete_old(self, newest: int) -> None:
+        """Delete what is no longer wanted, and what claims a later step: the run was resumed before it."""
+        steps = self.steps()
+        wanted = [step for step in steps if step <= newest][-self.keep_last :]
+        for step in steps:
+            kept_for_good = self.keep_every and step % self.keep_every == 0 and step <= newest
+            if step not in wanted and not kept_for_good:
+                shutil.rmtree(self.path(step), ignore_errors=True)
+
+    def load(self) -> tuple[int, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+        """Step, weights and state of the newest checkpoint that can be read; None where there is none at all.
+
+        An unreadable one is reported and the one before it is taken.
+
+        Raises:
+            CheckpointError: where there are checkpoints and none can be read.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return step, *self._read(self.path(step))
+            except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+                logger.warning("checkpoint %s is unreadable (%s); taking the one before it.", self.path(step), error)
+        if steps:
+            raise CheckpointError(f"none of the {len(steps)} checkpoints in {self.folder} can be read.")
+        return None
+
+    def _read(self, folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        check_manifest(folder)
+        weights = {path.stem: safetensors.torch.load_file(path) for path in folder.glob("*.safetensors")}
+        return weights, torch.load(folder / "state.pt", weights_only=True, map_location="cpu")

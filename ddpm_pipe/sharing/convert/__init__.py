@@ -1,0 +1,1 @@
+"""Checkpoints of other projects, converted to pipelines of this package."""
