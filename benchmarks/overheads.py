@@ -12,11 +12,11 @@ import torch
 from accelerate import Accelerator
 from timing import interleaved, median
 
-from ddpm_pipe.config import parse_config
+from ddpm_pipe.config import parse
 from ddpm_pipe.data.images import to_unit_range
 from ddpm_pipe.data.memory import ImageData
 from ddpm_pipe.objective import Objective
-from ddpm_pipe.training.recipe import TrainConfig, make_scheduler, make_unet
+from ddpm_pipe.training.config import TrainConfig, make_scheduler, make_unet
 from ddpm_pipe.training.state import TrainState
 
 PRESETS = Path(__file__).resolve().parent.parent / "examples" / "presets"
@@ -24,7 +24,7 @@ SHAPES = {"fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32), "flowers": (3, 1
 
 
 def measure(preset: Path, batch_size: int = 16, repeats: int = 5) -> None:
-    config = parse_config(TrainConfig, [str(preset)], data="none", batch_size=batch_size)
+    config = parse(TrainConfig, [str(preset)], data="none", batch_size=batch_size)
     config.batch_size, config.gradient_accumulation_steps = batch_size, 1
     shape = SHAPES[preset.stem]
     images = torch.randint(0, 256, (batch_size, *shape), dtype=torch.uint8)

@@ -27,8 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddpm_pipe import DDIMScheduler, DDPMPipeline, DDPMScheduler
 from ddpm_pipe.data.memory import load_images
 from ddpm_pipe.data.stream import stream_images
+from ddpm_pipe.training.config import TrainConfig
 from ddpm_pipe.training.loop import describe_device
-from ddpm_pipe.training.recipe import TrainConfig
 
 BATCH = 16 if DEVICE.type == "cpu" else 128
 PRECISIONS = {"float32": "no", "bf16": "bf16"}

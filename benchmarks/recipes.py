@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader
 
 from ddpm_pipe.data.memory import ImageData, load_images
 from ddpm_pipe.objective import Objective
+from ddpm_pipe.training.config import TrainConfig, make_scheduler, make_unet
 from ddpm_pipe.training.draws import micro_batches
-from ddpm_pipe.training.recipe import TrainConfig, make_scheduler, make_unet
 from ddpm_pipe.training.state import TrainState
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,8 +5,7 @@ from collections.abc import Collection
 from numbers import Integral, Real
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 
 def check_choice(name: str, value: str, accepted: Collection[str]) -> None:
@@ -22,14 +21,13 @@ def check_number(name: str, value: Any, whole: bool = False) -> None:
         raise ValueError(f"{name}={value!r:.100} must be a {'whole' if whole else 'finite'} number.")
 
 
-def whole_numbers(values: Any) -> Tensor | None:
-    """A whole number or a list of them as int64 of shape () or (n,); None where `values` are something else."""
+def whole_numbers(values: Any) -> np.ndarray | None:
+    """A whole number, or a list, array or tensor of them, as int64 of shape () or (n,); None for anything else."""
     try:
-        tensor = torch.as_tensor(values if isinstance(values, Tensor | Integral) else list(values))
+        array = np.asarray(values.cpu() if hasattr(values, "cpu") else values)
     except (TypeError, ValueError, RuntimeError):
         return None
-    other = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool or tensor.ndim > 1
-    return None if other else tensor.long()
+    return array.astype(np.int64) if array.dtype.kind in "iu" and array.ndim <= 1 else None
 
 
 def falling_timesteps(timesteps: Any, steps: int) -> list[int]:
@@ -39,6 +37,6 @@ def falling_timesteps(timesteps: Any, steps: int) -> list[int]:
         ValueError: where they are not strictly decreasing whole numbers from T - 1 to 0, T being `steps`.
     """
     chosen = whole_numbers(timesteps)
-    if chosen is None or chosen.ndim == 0 or (chosen.diff() >= 0).any() or chosen[0] >= steps or chosen[-1] < 0:
+    if chosen is None or chosen.ndim == 0 or (np.diff(chosen) >= 0).any() or chosen[0] >= steps or chosen[-1] < 0:
         raise ValueError(f"timesteps must be strictly decreasing values from {steps - 1} to 0, all whole numbers.")
     return chosen.tolist()

@@ -1,147 +1,128 @@
-"""One dataclass from a YAML or JSON file and flags, its values checked against its annotations."""
+"""A config: a pydantic model whose fields are at once the keys of a YAML or JSON file and the flags of a command."""
 
-import dataclasses
+import argparse
 import json
-import math
-import operator
-import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
+from numbers import Integral, Real
+from os import PathLike
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar, get_args, get_origin
 
-import psutil
-import torch
 import yaml
-from accelerate.utils import str_to_bool
-from transformers import HfArgumentParser
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticCustomError
 
-from ddpm_pipe.run.files import replace_text
-
-# ---------------------------------------------------------------- types
-
-
-class JsonDict(dict):
-    """A mapping that may be written as JSON on the command line."""
+# ---------------------------------------------------------------- types of values
 
 
-def _to_text(value: Any) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)  # YAML reads the digits of a seed or a commit as a number
-    return str(Path(value)) if isinstance(value, os.PathLike) else _same(str, value)
-
-
-def _to_int(value: Any) -> int:
-    return int(value) if isinstance(value, str) else operator.index(_no_bool(value))
-
-
-def _to_float(value: Any) -> float:
-    number = float(_no_bool(value))
-    if not math.isfinite(number):
-        raise ValueError
-    return number
-
-
-def _to_bool(value: Any) -> bool:
-    return bool(str_to_bool(value)) if isinstance(value, str) else _same(bool, value)
-
-
-def _to_mapping(value: Any) -> JsonDict:
-    return JsonDict(_same(Mapping, json.loads(value) if isinstance(value, str) else value))
-
-
-def _no_bool(value: Any) -> Any:
+def _number(value: Any) -> Any:
+    """A number of any library as one of Python; true and false are none."""
     if isinstance(value, bool):
-        raise TypeError
-    return value
+        raise PydanticCustomError("truth", "Input should be a number, not true or false")
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
 
 
-def _same(kind: Any, value: Any) -> Any:
-    if not isinstance(value, kind):
-        raise TypeError
-    return value
+def _as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, PathLike) else value
 
 
-KINDS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
-    str: ("a text", _to_text),
-    int: ("a whole number", _to_int),
-    float: ("a finite number", _to_float),
-    bool: ("true or false", _to_bool),
-    JsonDict: ("a mapping, on the command line as JSON", _to_mapping),
-    NoneType: ("null", lambda value: _same(NoneType, value)),
-}
-"""Type in an annotation -> how it is called, and what makes a value one or raises TypeError or ValueError."""
+def _from_json(value: Any) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise PydanticCustomError("json", "Input should be a mapping, on the command line as JSON") from error
 
 
-def typed(name: str, value: Any, kind: Any) -> Any:
-    """`value` as the type that an annotation asks for: flags are texts, and a single value may stand for a list.
+def _listed(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [part for each in value for part in (each.split(",") if isinstance(each, str) else [each])]
+    return value if value is None else _listed([value])
 
-    Args:
-        name: what the value is of, for the sentence.
-        kind: a key of `KINDS`, a list, tuple or union of them, or a type that is not checked.
+
+Int = Annotated[int, BeforeValidator(_number)]
+PositiveInt = Annotated[Int, Field(ge=1)]
+NonNegativeInt = Annotated[Int, Field(ge=0)]
+Float = Annotated[float, BeforeValidator(_number)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
+NonNegativeFloat = Annotated[Float, Field(ge=0)]
+Share = Annotated[Float, Field(ge=0, lt=1)]
+Place = Annotated[str, BeforeValidator(_as_text), Field(min_length=1)]
+"""A path, or the id of a repository on the Hub."""
+JsonDict = Annotated[dict[str, Any], BeforeValidator(_from_json)]
+"""A mapping, which a flag gives as JSON."""
+
+T = TypeVar("T")
+Listed = Annotated[list[T], BeforeValidator(_listed)]
+"""A list, also given as a single value or with commas between its values."""
+
+Size = Annotated[Listed[PositiveInt], Field(min_length=1, max_length=2)]
+"""[size] or [height, width], in pixels."""
+
+
+# ---------------------------------------------------------------- configs
+
+
+class Config(BaseModel):
+    """What all configs have in common: they cannot change, and their values are checked wherever these come from.
 
     Raises:
-        ValueError: where it is of another type, naming the accepted one.
+        ValueError: one sentence that names a key that is unknown or missing, or whose value cannot be.
     """
-    try:
-        return _convert(value, kind)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{name}={value!r:.100} must be {_describe(kind)}.") from error
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,  # YAML reads the digits of a seed or of a commit as a number
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(self._sentence(error.errors()[0])) from None
+
+    @classmethod
+    def _sentence(cls, error: ErrorDetails) -> str:
+        """What is wrong with one key."""
+        name, value = str(next(iter(error["loc"]), "")), error["input"]
+        if error["type"] == "value_error":
+            return str(error["ctx"]["error"])
+        if error["type"] == "missing":
+            return f"{name} must be given: {cls.model_fields[name].description}."
+        if error["type"] == "extra_forbidden":
+            return f"{name} is unknown; known are {', '.join(cls.model_fields)}."
+        return f"{name}={value!r:.100} must {error['msg'].removeprefix('Input should ')}."
+
+    @classmethod
+    def sections(cls) -> dict[str, list[str]]:
+        """Headings -> names of fields: the classes that a config inherits from are the sections of its file."""
+        classes = [each for each in cls.__mro__ if issubclass(each, Config) and each is not Config]
+        names = {each: [name for name in each.__annotations__ if name in cls.model_fields] for each in classes}
+        return {(each.__doc__ or "").partition("\n")[0]: fields for each, fields in names.items() if fields}
+
+    def replace(self, **changes: Any) -> Self:
+        """The same config with other values, which are checked."""
+        return type(self)(**dict(self) | changes)
+
+    def to_yaml(self) -> str:
+        """The text of a config file, section after section."""
+        values = self.model_dump(mode="json")
+        ordered = {name: values[name] for names in self.sections().values() for name in names}
+        return yaml.safe_dump(ordered, sort_keys=False)
 
 
-def _convert(value: Any, kind: Any) -> Any:
-    origin, parts = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        for part in parts:
-            with suppress(TypeError, ValueError, OverflowError):
-                return _convert(value, part)
-        raise TypeError
-    if origin in (list, tuple):
-        values = value if isinstance(value, (list, tuple)) else [value]
-        if origin is tuple and parts[-1] is not Ellipsis and len(values) != len(parts):
-            raise ValueError
-        return origin(_convert(each, parts[0]) for each in values)
-    return KINDS[kind][1](value) if kind in KINDS else value
+C = TypeVar("C", bound=Config)
 
-
-def _describe(kind: Any) -> str:
-    origin, parts = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return " or ".join(map(_describe, parts))
-    if origin in (list, tuple):
-        count = f"{len(parts)} " if origin is tuple and parts[-1] is not Ellipsis else ""
-        return f"a list of {count}{_describe(parts[0]).removeprefix('a ')}s"
-    return KINDS[kind][0]
-
-
-@dataclasses.dataclass
-class Config:
-    """What all configs have in common: their values are of the types of their annotations, from wherever they come."""
-
-    def __post_init__(self):
-        """Check the values.
-
-        Raises:
-            ValueError: for one that cannot be, naming it.
-        """
-        kinds = get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            setattr(self, field.name, typed(field.name, getattr(self, field.name), kinds[field.name]))
-
-
-T = TypeVar("T", bound=Config)
 
 # ---------------------------------------------------------------- files and flags
 
-
-def option(default: Any, help: str) -> Any:
-    """A field of a config with its default and what `--help` says of it."""
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
-_FILE_SUFFIXES = (".yaml", ".yml", ".json")
+FILE_SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -162,74 +143,66 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return values
 
 
-class _Parser(HfArgumentParser):
+class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print below a page of usage."""
         raise ValueError(f"{message}.")
 
 
-def parse_config(config_class: type[T], argv: Sequence[str], **defaults: Any) -> T:
+def make_parser(config_class: type[Config], prog: str | None = None) -> _Parser:
+    """A parser with a flag for each field; it checks nothing and leaves out what is not given."""
+    usage = "%(prog)s [config.yaml] [--key value ...]"
+    parser = _Parser(prog=prog, usage=usage, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for heading, names in config_class.sections().items():
+        group = parser.add_argument_group(heading)
+        for name in names:
+            field = config_class.model_fields[name]
+            flags = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+            group.add_argument(*flags, dest=name, help=_help(field), **_arity(name, field))
+    return parser
+
+
+def _help(field: FieldInfo) -> str:
+    """What `--help` says of a field: its docstring, its choices and its default."""
+    choices = [choice for kind in (field.annotation, *get_args(field.annotation)) for choice in _choices(kind)]
+    one_of = f"; one of {', '.join(choices)}" if choices else ""
+    default = field.get_default(call_default_factory=True)
+    told = "needed" if field.is_required() else f"default: {'none' if default in (None, [], {}) else default}"
+    return f"{' '.join((field.description or '').split())}{one_of} ({told})".replace("%", "%%")
+
+
+def _choices(kind: Any) -> list[str]:
+    return list(get_args(kind)) if get_origin(kind) is Literal else []
+
+
+def _arity(name: str, field: FieldInfo) -> dict[str, Any]:
+    """How many values a flag takes: a truth may be left out, a list may have several."""
+    kinds = str(field.annotation)
+    if "bool" in kinds:
+        return {"nargs": "?", "const": "true", "metavar": "true|false"}
+    return {"nargs": "+" if "list" in kinds else None, "metavar": name.upper()}
+
+
+def parse(config_class: type[C], argv: Sequence[str], prog: str | None = None, **defaults: Any) -> C:
     """Make a config of: a file named by the first argument, then flags (which win), then `defaults`.
 
     Args:
         config_class: its fields are the keys of the file and the flags.
         argv: the command line without the program.
-        defaults: values that replace the dataclass's own defaults.
+        prog: the name of the program, for `--help`.
+        defaults: values that replace the class' own defaults.
 
     Raises:
         ValueError: for unknown keys of the file or flags, naming the accepted ones, and for values that cannot be.
     """
-    argv = list(argv)
-    known = [field.name for field in dataclasses.fields(config_class)]
-    values = dict(defaults)
-    if argv and argv[0].endswith(_FILE_SUFFIXES):
+    argv, known, values = list(argv), config_class.model_fields, dict(defaults)
+    if argv and argv[0].endswith(FILE_SUFFIXES):
         path = Path(argv.pop(0))
         values |= read_config_file(path)
-        unknown = [key for key in values if key not in known]
+        unknown = [str(key) for key in values if key not in known]
         if unknown:
-            raise ValueError(f"{path} has unknown keys: {', '.join(map(str, unknown))}; known are {', '.join(known)}.")
-    parser = _Parser(config_class, allow_abbrev=False)
-    for action in parser._actions:
-        action.required = action.required and action.dest not in values
-        action.type = None  # a flag is a text, which the config converts like a text in a file
-    parser.set_defaults(**values)
-    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
-    if unknown:
-        raise ValueError(f"unknown arguments: {' '.join(unknown)}; known are --{', --'.join(known)}.")
-    return config
-
-
-def save_config(config: Any, path: Path) -> None:
-    """Write a dataclass as a YAML or JSON file that `parse_config` reads back."""
-    values = json.loads(json.dumps(dataclasses.asdict(config)))  # plain types only
-    as_json = path.suffix == ".json"
-    replace_text(path, json.dumps(values, indent=2) + "\n" if as_json else yaml.safe_dump(values, sort_keys=False))
-
-
-def use_all_cores() -> None:
-    """Undo that `accelerate launch` leaves a process one thread where nobody told it to, with --cpu or a number."""
-    left_one = os.environ.get("ACCELERATE_USE_CPU") == "False" and os.environ.get("OMP_NUM_THREADS") == "1"
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    if left_one and alone and not torch.accelerator.is_available() and not _launcher_was_told_threads():
-        torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
-
-
-def _launcher_was_told_threads() -> bool:
-    """Whether the user gave the launcher a number of threads: it hands its own on under the same name."""
-    try:
-        launcher = psutil.Process(os.getppid())
-        flags = " ".join(launcher.cmdline()).replace("-", "_")
-        return "OMP_NUM_THREADS" in launcher.environ() or "num_cpu_threads_per_process" in flags
-    except psutil.Error:  # it ended, or may not be looked at
-        return False
-
-
-def main(function: Callable[[T], Any], config_class: type[T], **defaults: Any) -> None:
-    """Run `function` on the config of the command line; bad input or a bad disk end in one sentence and exit code 2."""
-    use_all_cores()
-    try:
-        function(parse_config(config_class, sys.argv[1:], **defaults))
-    except (ValueError, OSError) as error:
-        what = f"a file could not be read or written ({error})" if isinstance(error, OSError) else error
-        print(f"{Path(sys.argv[0]).name}: {what}", file=sys.stderr)
-        sys.exit(2)
+            raise ValueError(f"{path} has unknown keys: {', '.join(unknown)}; known are {', '.join(known)}.")
+    given, rest = make_parser(config_class, prog).parse_known_args(argv)
+    if rest:
+        raise ValueError(f"unknown arguments: {' '.join(rest)}; known are --{', --'.join(known)}.")
+    return config_class(**values | vars(given))

@@ -25,7 +25,7 @@ class Objective:
         scheduler: gives the noise levels, `prediction_type` and `variance_type`.
         loss: a key of `LOSSES`.
         weight: a key of `prediction.LOSS_WEIGHTS`.
-        gamma, k: constants of the weight.
+        gamma, k: constants of the weight; None is that of its paper.
         vlb_weight: lambda of the hybrid loss, 0.001 in the paper.
 
     Raises:
@@ -37,8 +37,8 @@ class Objective:
         scheduler: DDPMScheduler,
         loss: str = "l2",
         weight: str = "none",
-        gamma: float = 5.0,
-        k: float = 1.0,
+        gamma: float | None = None,
+        k: float | None = None,
         vlb_weight: float = 1e-3,
     ):
         check_choice("loss", loss, LOSSES)

@@ -260,16 +260,16 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             if class_labels is not None or scale != 1.0:
                 raise ValueError("class_labels and guidance_scale need a network with classes; this one has none.")
             return None
-        labels = whole_numbers(null if class_labels is None else class_labels)
-        if labels is None:
+        given = whole_numbers(null if class_labels is None else class_labels)
+        if given is None:
             raise ValueError(f"class_labels must be a class or one per image, whole numbers from 0 to {null}.")
-        if labels.ndim > 0 and len(labels) != batch_size:
+        if given.ndim > 0 and len(given) != batch_size:
             raise ValueError(
-                f"class_labels has {len(labels)} entries for batch_size={batch_size}; give one, or one per image."
+                f"class_labels has {len(given)} entries for batch_size={batch_size}; give one, or one per image."
             )
-        if labels.min() < 0 or labels.max() > null:
+        if given.min() < 0 or given.max() > null:
             raise ValueError(f"class_labels must lie between 0 and {null} (the null class).")
-        labels = labels.to(self._execution_device).expand(batch_size)
+        labels = torch.as_tensor(given, device=self._execution_device).expand(batch_size)
         if scale == 1.0:
             return labels
         if class_labels is None:

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -78,27 +79,29 @@ PREDICTIONS: dict[str, Prediction] = {
 
 # ---------------------------------------------------------------- loss weights
 
-LOSS_WEIGHTS: dict[str, Callable[[Tensor, float, float], Tensor] | None] = {
+LOSS_WEIGHTS: dict[str, Callable[..., Tensor] | None] = {
     # the plain loss of whatever the network predicts (DDPM eq. 14)
     "none": None,
     # P2 (Choi et al. 2022, eq. 8)
-    "p2": lambda snr, gamma, k: (k + snr) ** -gamma,
+    "p2": lambda snr, gamma=1.0, k=1.0: (k + snr) ** -gamma,
     # Min-SNR (Hang et al. 2023, section 3.4): the loss of x0 times min(snr, gamma)
-    "min_snr": lambda snr, gamma, k: (gamma / snr).clamp(max=1),
+    "min_snr": lambda snr, gamma=5.0: (gamma / snr).clamp(max=1),
 }
-"""(snr, gamma, k) -> factor of the noise loss; translated to what the network predicts, so that the same error of x0
-costs the same."""
+"""snr and the constants of the weight, by default those of its paper -> factor of the noise loss. It is translated to
+what the network predicts, so that the same error of x0 costs the same."""
 
 
-def loss_weight(name: str, prediction_type: str, snr: Tensor, gamma: float, k: float = 1.0) -> Tensor:
+def loss_weight(
+    name: str, prediction_type: str, snr: Tensor, gamma: float | None = None, k: float | None = None
+) -> Tensor:
     """The factor by which the plain loss at each noise level is multiplied.
 
     Args:
         name: a key of `LOSS_WEIGHTS`.
         prediction_type: a key of `PREDICTIONS`.
         snr: signal-to-noise ratios >= 0, any shape.
-        gamma: the exponent of p2 (1 in the paper) or the ceiling of min_snr (5 in the paper).
-        k: p2 only; 1 in the paper.
+        gamma: the exponent of p2 or the ceiling of min_snr; None is that of the paper, 1 or 5.
+        k: of p2; None is 1, that of the paper.
 
     Raises:
         ValueError: for an unknown name, naming the accepted ones.
@@ -108,4 +111,6 @@ def loss_weight(name: str, prediction_type: str, snr: Tensor, gamma: float, k: f
     weight = LOSS_WEIGHTS[name]
     if weight is None:
         return torch.ones_like(snr)
-    return PREDICTIONS[prediction_type].eps_weight(snr) * weight(snr, gamma, k)
+    known = signature(weight).parameters
+    constants = {key: value for key, value in {"gamma": gamma, "k": k}.items() if value is not None and key in known}
+    return PREDICTIONS[prediction_type].eps_weight(snr) * weight(snr, **constants)

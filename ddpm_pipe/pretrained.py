@@ -7,7 +7,7 @@ sample wrongly names its own, so that it cannot be mistaken for it.
 
 import ast
 import json
-from importlib import import_module
+import tempfile
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
@@ -22,14 +22,13 @@ from huggingface_hub.errors import HFValidationError
 from ddpm_pipe import checks, compatibility, noise, pipeline, prediction, schedulers, unet
 from ddpm_pipe.pipeline import PixelDiffusionPipeline
 from ddpm_pipe.schedulers import DDIMScheduler, DDPMScheduler
-from ddpm_pipe.unet import CODE_FILE, DDPMUNet2DModel
-from ddpm_pipe.weights import STEM, from_config, load_network, read_json, weight_files, why_none
+from ddpm_pipe.sharing.card import make_card
+from ddpm_pipe.sharing.upload import stage_pipeline, upload
+from ddpm_pipe.unet import DDPMUNet2DModel
+from ddpm_pipe.weights import CODE, STEM, from_config, load_network, read_json, weight_files, why_none
 
 NETWORKS: dict[str, type[ModelMixin]] = {cls.__name__: cls for cls in (DDPMUNet2DModel, UNet2DModel)}
 SAMPLERS = {cls.__name__: cls for cls in (DDPMScheduler, DDIMScheduler)}
-
-CODE = {"unet": CODE_FILE, "scheduler": "ddpm_schedulers", "pipeline": "ddpm_pipeline"}
-"""Names of the code files, without suffix. diffusers looks for `<component>/<name>.py`, of the pipeline at the root."""
 
 LIBRARIES = {"diffusers", DDPMUNet2DModel.__module__, DDPMScheduler.__module__} | {
     f"{prefix}{name}" for name in CODE.values() for prefix in ("", "diffusers_modules.local.")
@@ -208,7 +207,7 @@ class DDPMPipeline(PixelDiffusionPipeline):
         create_pr: bool = False,
         variant: str | None = None,
     ) -> str:
-        """Share the pipeline on the Hub, with a card of what is known of it; a run is shared by examples/push.py.
+        """Share the pipeline on the Hub, with a card of what is known of it; a run is shared by `ddpm-pipe push`.
 
         Args:
             repo_id: as org/name; made where it does not exist.
@@ -224,9 +223,13 @@ class DDPMPipeline(PixelDiffusionPipeline):
         Raises:
             ValueError: where the Hub cannot be reached or refuses, or the repository is public and `private` is set.
         """
-        hub = import_module("ddpm_pipe.sharing.push")
-        options = {"commit_message": commit_message, "token": token, "create_pr": create_pr}
-        return hub.push_pipeline(self, repo_id, private, variant, **options)
+        message = commit_message or f"Push {type(self).__name__}"
+        with tempfile.TemporaryDirectory() as saved, tempfile.TemporaryDirectory() as staged:
+            self.save_pretrained(saved, variant=variant)
+            stage_pipeline(Path(saved), Path(staged))
+            make_card(None, Path(staged), repo_id).save(Path(staged) / "README.md")
+            repeat, public = f"pipeline.push_to_hub({repo_id!r})", private is False
+            return upload(Path(staged), repo_id, message, repeat, public, token=token, create_pr=create_pr)
 
 
 def is_faithful(scheduler: SchedulerMixin) -> bool:

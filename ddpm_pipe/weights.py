@@ -1,4 +1,4 @@
-"""Networks from files: the weights are read as plain tensors and put into the network that they fit.
+"""The files of a pipeline folder: what they are called, and the network that is read from them.
 
 No code of a file runs: JSON and safetensors hold none, and of pickles only tensors and plain values are read.
 """
@@ -15,11 +15,22 @@ from diffusers import ModelMixin, UNet2DModel
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ddpm_pipe.run.files import sha256
+from ddpm_pipe.unet import CODE_FILE
+
 STEM = "diffusion_pytorch_model"
 """How diffusers names the files of a network's weights."""
 
 LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Names in UNet2DModels that were saved in 2022, google/ddpm-* among them -> their names since."""
+
+CODE = {"unet": CODE_FILE, "scheduler": "ddpm_schedulers", "pipeline": "ddpm_pipeline"}
+"""Names of the code files, without suffix. diffusers looks for `<component>/<name>.py`, of the pipeline at the root."""
+
+CONFIGS = ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json"]
+WEIGHTS = [f"unet/{STEM}*.safetensors", f"unet/{STEM}*.safetensors.index*.json"]
+CODE_FILES = [f"{name}.py" if part == "pipeline" else f"{part}/{name}.py" for part, name in CODE.items()]
+"""All that `save_pretrained` writes into a pipeline folder, as patterns."""
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -115,7 +126,7 @@ def why_none(source: str, names: Collection[str], variant: str | None) -> str:
     if any(name.endswith(PICKLES) for name in names):
         return (
             f"{folder} has no {part}/{STEM}.safetensors but pickled weights, which can run code and are not loaded: "
-            "examples/convert.py makes safetensors of them."
+            "ddpm-pipe convert makes safetensors of them."
         )
     return f"{folder} has no weights: {part}/{STEM}.safetensors is missing."
 
@@ -193,3 +204,8 @@ def load_network(
         legacy = re.compile(rf"(\.attentions\.\d+\.)({'|'.join(LEGACY_ATTENTION)})(?=\.)")
         weights = {legacy.sub(lambda m: m[1] + LEGACY_ATTENTION[m[2]], name): weights[name] for name in weights}
     return fill(network, weights, str(folder), dtype)
+
+
+def weights_sha256(pipeline: Path) -> dict[str, str]:
+    """The checksums of the files of weights in a pipeline folder, by name: what tells one model from another."""
+    return {path.name: sha256(path) for path in sorted((pipeline / "unet").glob("*.safetensors"))}

@@ -1,17 +1,16 @@
-"""Train a diffusion model: `accelerate launch examples/train.py [config.yaml] [--key value ...]`.
+"""Train a diffusion model: `accelerate launch examples/train.py [preset or config.yaml] [--key value ...]`.
 
-Without a config file it trains the small recipe of presets/fashion_mnist.yaml on the bundled images.
+Without a config it trains the preset fashion_mnist on the bundled images. It is `ddpm-pipe train` with their folder as
+the default of `--data`.
 """
 
 import sys
 from pathlib import Path
 
-from ddpm_pipe.config import main
-from ddpm_pipe.training.loop import TrainConfig, train
-
-HERE = Path(__file__).resolve().parent
+from ddpm_pipe.cli import main
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1].startswith("--"):
-        sys.argv.insert(1, str(HERE / "presets" / "fashion_mnist.yaml"))
-    main(train, TrainConfig, data=str(HERE / "fashion_mnist"))
+    argv = sys.argv[1:]
+    if not argv or argv[0].startswith("--"):
+        argv = ["fashion_mnist", *argv]
+    main(["train", *argv], data=str(Path(__file__).resolve().parent / "fashion_mnist"))

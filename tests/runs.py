@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from ddpm_pipe.config import JsonDict, save_config
 from ddpm_pipe.run.checkpoint import Checkpoints
-from ddpm_pipe.training.log import read_metrics
-from ddpm_pipe.training.recipe import TrainConfig
+from ddpm_pipe.run.folder import Run
+from ddpm_pipe.training.config import TrainConfig
 
 REPO = Path(__file__).parent.parent
 NETWORK = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "attention_types": "none"}
@@ -40,21 +39,21 @@ def make_recipe(folder: Path, unet=NETWORK, **options) -> TrainConfig:
         "sample_steps": 2,
         "tracker": "none",
     }
-    return TrainConfig(output_dir=str(folder), unet=JsonDict(unet), **(defaults | options))
+    return TrainConfig(output_dir=str(folder), unet=unet, **(defaults | options))
 
 
 def write_config(config: TrainConfig) -> str:
     """The config in a file beside the run folder, for a command line."""
     file = Path(config.output_dir).parent / f"{Path(config.output_dir).name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_config(config, file)
+    file.write_text(config.to_yaml())
     return str(file)
 
 
 def final_state(config: TrainConfig, step: int | None = None) -> dict[str, torch.Tensor]:
     """All tensors of the last checkpoint, or of that of `step`: weights, averages and optimizer."""
     checkpoints = Checkpoints(Path(config.output_dir))
-    folder = checkpoints.path(checkpoints.steps()[-1] if step is None else step)
+    folder = checkpoints.run.checkpoint(checkpoints.steps()[-1] if step is None else step)
     tensors = {
         f"{name}.{k}": v for name in ("unet", "ema") for k, v in load_file(folder / f"{name}.safetensors").items()
     }
@@ -72,7 +71,7 @@ def assert_same(first: dict, second: dict, **tolerance) -> None:
 
 def loss_curve(config: TrainConfig) -> list[tuple[int, float]]:
     """Step and loss of every entry of metrics.jsonl that has a loss."""
-    return [(entry["step"], entry["loss"]) for entry in read_metrics(Path(config.output_dir)) if "loss" in entry]
+    return [(entry["step"], entry["loss"]) for entry in Run(config.output_dir).read_metrics() if "loss" in entry]
 
 
 def launch(*argv: str, processes: int) -> subprocess.CompletedProcess:

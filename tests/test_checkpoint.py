@@ -10,6 +10,7 @@ import torch
 
 from ddpm_pipe.run.checkpoint import Checkpoints
 from ddpm_pipe.run.files import CheckpointError, replace_folder
+from ddpm_pipe.run.folder import Run
 
 
 def weights(value: float) -> dict:
@@ -29,7 +30,7 @@ def assert_loads(checkpoints: Checkpoints, step: int) -> None:
 
 
 def test_the_newest_is_loaded_bit_for_bit(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = Checkpoints(Run(tmp_path))
     assert checkpoints.load() is None
     for step in (5, 20, 100):  # 100 is before 20 in the order of letters, but for the zeros
         save(checkpoints, step)
@@ -37,7 +38,7 @@ def test_the_newest_is_loaded_bit_for_bit(tmp_path):
 
 
 def test_last_k_and_every_nth_are_kept(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep_last=2, keep_every=30)
+    checkpoints = Checkpoints(Run(tmp_path), keep_last=2, keep_every=30)
     for step in range(10, 101, 10):
         save(checkpoints, step)
     assert checkpoints.steps() == [30, 60, 90, 100]
@@ -45,10 +46,10 @@ def test_last_k_and_every_nth_are_kept(tmp_path):
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "missing", "no manifest", "empty folder"])
 def test_an_unreadable_newest_is_reported_and_the_one_before_taken(tmp_path, damage, caplog):
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = Checkpoints(Run(tmp_path))
     save(checkpoints, 1)
     save(checkpoints, 2)
-    file = checkpoints.path(2) / "unet.safetensors"
+    file = checkpoints.run.checkpoint(2) / "unet.safetensors"
     content = file.read_bytes()
     if damage == "truncate":
         file.write_bytes(content[:-4])
@@ -57,9 +58,9 @@ def test_an_unreadable_newest_is_reported_and_the_one_before_taken(tmp_path, dam
     elif damage == "missing":
         file.unlink()
     elif damage == "no manifest":
-        (checkpoints.path(2) / "manifest.json").unlink()
+        (checkpoints.run.checkpoint(2) / "manifest.json").unlink()
     else:
-        for path in checkpoints.path(2).iterdir():
+        for path in checkpoints.run.checkpoint(2).iterdir():
             path.unlink()
     with caplog.at_level(logging.WARNING):
         assert_loads(checkpoints, 1)
@@ -67,15 +68,15 @@ def test_an_unreadable_newest_is_reported_and_the_one_before_taken(tmp_path, dam
 
 
 def test_it_is_an_error_when_none_can_be_read(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = Checkpoints(Run(tmp_path))
     save(checkpoints, 1)
-    (checkpoints.path(1) / "state.pt").write_bytes(b"")
+    (checkpoints.run.checkpoint(1) / "state.pt").write_bytes(b"")
     with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
         checkpoints.load()
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = Checkpoints(Run(tmp_path))
     save(checkpoints, 1)
 
     def full(*args, **kwargs):
@@ -183,7 +184,7 @@ def test_a_version_that_was_half_deleted_is_never_put_back(tmp_path, monkeypatch
 
 
 def test_what_a_killed_writer_left_is_ignored_and_cleaned(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = Checkpoints(Run(tmp_path))
     save(checkpoints, 1)
     half = checkpoints.folder / ".step-00000002.new"
     half.mkdir()
@@ -195,8 +196,8 @@ def test_what_a_killed_writer_left_is_ignored_and_cleaned(tmp_path):
 
 
 def test_the_manifest_describes_every_file(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = Checkpoints(Run(tmp_path))
     save(checkpoints, 3)
-    manifest = json.loads((checkpoints.path(3) / "manifest.json").read_text())
+    manifest = json.loads((checkpoints.run.checkpoint(3) / "manifest.json").read_text())
     assert manifest["step"] == 3
     assert set(manifest["sha256"]) == {"unet.safetensors", "ema.safetensors", "state.pt"}

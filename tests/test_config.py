@@ -8,18 +8,17 @@ import sys
 import numpy as np
 import pytest
 import yaml
+from ddpm_pipe.sharing.convert.config import ConvertConfig
 
-from ddpm_pipe.config import Config, JsonDict, parse_config, save_config
-from ddpm_pipe.evaluation.evaluate import EvaluateConfig
-from ddpm_pipe.sampling.generate import GenerateConfig
-from ddpm_pipe.sharing.convert.command import ConvertConfig
-from ddpm_pipe.sharing.push import PushConfig
-from ddpm_pipe.training.posthoc import PosthocConfig
-from ddpm_pipe.training.recipe import TrainConfig
+from ddpm_pipe.config import Config, parse
+from ddpm_pipe.evaluation.config import EvaluateConfig
+from ddpm_pipe.sampling.config import GenerateConfig
+from ddpm_pipe.sharing.config import PushConfig
+from ddpm_pipe.training.config import AverageConfig, TrainConfig
 
 
 def parse(*argv: str, **defaults) -> TrainConfig:
-    return parse_config(TrainConfig, argv, **defaults)
+    return parse(TrainConfig, argv, **defaults)
 
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
@@ -34,7 +33,7 @@ def test_what_is_saved_is_read_back(tmp_path, suffix):
     config = parse(
         "--data", "x", "--unet", json.dumps(unet), "--resolution", "8", "12", "--learning_rate", "3e-5", "--flip"
     )
-    save_config(config, tmp_path / f"c.{suffix}")
+    (tmp_path / f"c.{suffix}").write_text(config.to_yaml())
     assert parse(str(tmp_path / f"c.{suffix}")) == config
     assert config.unet == unet and isinstance(config.unet, JsonDict)
     assert yaml.safe_load((tmp_path / f"c.{suffix}").read_text()).keys() == {
@@ -149,7 +148,7 @@ WRONG = [
     (EvaluateConfig, "sweep", {"steps": 10}, "a list of texts"),
     (PushConfig, "public", 2, "true or false"),
     (ConvertConfig, "image_size", "big", "a list of whole numbers or null"),
-    (PosthocConfig, "step", 1.5, "a whole number or null"),
+    (AverageConfig, "step", 1.5, "a whole number or null"),
 ]
 NEEDED = {
     TrainConfig: {"data": "x"},
@@ -157,7 +156,7 @@ NEEDED = {
     EvaluateConfig: {"model": "x", "data": "x"},
     PushConfig: {"run": "x", "repo": "x/y"},
     ConvertConfig: {"source": "x", "output_dir": "y"},
-    PosthocConfig: {"run": "x", "sigma_rel": "0.1"},
+    AverageConfig: {"run": "x", "sigma_rel": "0.1"},
 }
 
 
@@ -167,9 +166,9 @@ def make(config_class: type[Config], way: str, name: str, value, folder) -> Conf
     if way == "python":
         return config_class(**values)
     if way == "flag":
-        return parse_config(config_class, [f"--{name}", str(value)], **NEEDED[config_class])
+        return parse(config_class, [f"--{name}", str(value)], **NEEDED[config_class])
     (folder / "c.yaml").write_text(yaml.safe_dump(values))
-    return parse_config(config_class, [str(folder / "c.yaml")])
+    return parse(config_class, [str(folder / "c.yaml")])
 
 
 @pytest.mark.parametrize("way", ["python", "file"])
@@ -203,7 +202,7 @@ def test_a_flag_of_another_type_is_the_same_sentence(tmp_path, config_class, nam
         (GenerateConfig, "class_labels", 3, "3"),
         (EvaluateConfig, "sweep", "steps=10,20", ["steps=10,20"]),
         (ConvertConfig, "image_size", 32, [32]),
-        (PosthocConfig, "sigma_rel", "0.05,0.10", "0.05,0.10"),
+        (AverageConfig, "sigma_rel", "0.05,0.10", "0.05,0.10"),
     ],
 )
 def test_a_value_that_can_be_meant_is_taken(tmp_path, way, config_class, name, value, expected):
@@ -214,13 +213,13 @@ def test_a_value_that_can_be_meant_is_taken(tmp_path, way, config_class, name, v
 def test_python_may_pass_paths_tuples_and_numbers_of_numpy(tmp_path):
     config = TrainConfig(data=tmp_path, resolution=(8, 12), steps=np.int64(7), learning_rate=np.float32(0.5))
     assert (config.data, config.resolution, config.steps, config.learning_rate) == (str(tmp_path), [8, 12], 7, 0.5)
-    save_config(config, tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
     assert parse(str(tmp_path / "c.yaml")) == config
 
 
 @pytest.mark.parametrize("value", [0.1, "0.1"])
 def test_a_width_may_be_a_number_in_a_file(tmp_path, value):
-    assert make(PosthocConfig, "file", "sigma_rel", value, tmp_path).widths() == [0.1]
+    assert make(AverageConfig, "file", "sigma_rel", value, tmp_path).widths() == [0.1]
 
 
 def test_missing_file_is_one_sentence():

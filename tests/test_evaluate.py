@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from runs import NETWORK, REPO, make_recipe, write_config
 
 from ddpm_pipe import DDPMPipeline
-from ddpm_pipe.config import parse_config
+from ddpm_pipe.config import parse
 from ddpm_pipe.data.images import to_unit_range
 from ddpm_pipe.data.memory import load_images
 from ddpm_pipe.data.sources import open_dataset
@@ -56,7 +56,7 @@ def measure(run, feature_file, split_images, tmp_path, fresh_accelerate):  # noq
     def measure(*argv: str) -> dict:
         argv = ("--model", str(run / "pipeline"), "--data", split_images, "--steps", "2", *argv)
         argv += ("--features", feature_file, "--output_dir", str(tmp_path / "out"), "--batch_size", "16")
-        return json.loads(evaluate(parse_config(EvaluateConfig, argv)).read_text())
+        return json.loads(evaluate(parse(EvaluateConfig, argv)).read_text())
 
     return measure
 
@@ -150,7 +150,7 @@ def evaluated(own_run, feature_file, split_images, fresh_accelerate):  # noqa: F
 
     def evaluated(pipeline: str = "pipeline", *argv: str) -> Path:
         argv = ("--model", str(own_run / pipeline), "--data", split_images, "--steps", "2", "--num_images", "20", *argv)
-        return evaluate(parse_config(EvaluateConfig, [*argv, "--features", feature_file]))
+        return evaluate(parse(EvaluateConfig, [*argv, "--features", feature_file]))
 
     return evaluated
 

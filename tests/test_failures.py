@@ -1,6 +1,5 @@
 """What goes wrong in a run ends in one sentence or is got over, and nothing that was saved is lost."""
 
-import dataclasses
 import errno
 import json
 import re
@@ -18,9 +17,9 @@ from safetensors.torch import load_file
 
 from ddpm_pipe.run.checkpoint import Checkpoints
 from ddpm_pipe.run.files import CheckpointError
-from ddpm_pipe.training.log import read_metrics
+from ddpm_pipe.run.folder import Run
+from ddpm_pipe.training.config import TrainConfig
 from ddpm_pipe.training.loop import train
-from ddpm_pipe.training.recipe import TrainConfig
 from ddpm_pipe.training.state import TrainState
 
 CHANCY = {
@@ -53,7 +52,7 @@ def begun(lives, few_images, tmp_path_factory) -> TrainConfig:
 
 def copy_of(config: TrainConfig, folder: Path, **changes) -> TrainConfig:
     shutil.copytree(config.output_dir, folder / "run")
-    return dataclasses.replace(config, output_dir=str(folder / "run"), **changes)
+    return config.replace(output_dir=str(folder / "run"), **changes)
 
 
 def sentence(life: Life) -> str:
@@ -104,7 +103,7 @@ def fill(disk: Path) -> None:
 def test_a_full_disk_is_one_sentence_and_the_run_can_go_on(lives, begun, whole, small_disk, what):
     config = copy_of(begun, small_disk)
     rare = {"save_every": 20, "log_every": 20, "sample_every": 0}
-    eager = dataclasses.replace(config, **rare | {what: 1})
+    eager = config.replace(**rare | {what: 1})
     life = lives.start(write_config(eager), "--resume", die_in="metrics.jsonl")
     assert life.wait() == -signal.SIGKILL, "there is room for its config and metrics"
     fill(small_disk)
@@ -197,7 +196,7 @@ def test_a_file_in_the_place_of_the_checkpoints_is_one_sentence(recipe):
 @pytest.mark.parametrize("damage", ["a flipped bit", "cut short", "no manifest"])
 def test_a_broken_newest_checkpoint_is_reported_and_costs_only_time(lives, begun, whole, tmp_path, damage):
     config = copy_of(begun, tmp_path)
-    newest = Checkpoints(tmp_path / "run").path(4)
+    newest = Run(tmp_path / "run").checkpoint(4)
     content = bytearray((newest / "unet.safetensors").read_bytes())
     if damage == "a flipped bit":
         content[-1] ^= 1
@@ -215,7 +214,7 @@ def test_a_broken_newest_checkpoint_is_reported_and_costs_only_time(lives, begun
 def test_when_no_checkpoint_can_be_read_it_is_one_sentence(lives, begun, tmp_path):
     config = copy_of(begun, tmp_path)
     for step in (2, 4):
-        (Checkpoints(tmp_path / "run").path(step) / "ema.safetensors").write_bytes(b"")
+        (Run(tmp_path / "run").checkpoint(step) / "ema.safetensors").write_bytes(b"")
     life = lives.start(write_config(config), "--resume")
     assert life.wait() == 2
     assert life.errors.splitlines()[-1].startswith("train.py: none of the 2 checkpoints")
@@ -224,13 +223,13 @@ def test_when_no_checkpoint_can_be_read_it_is_one_sentence(lives, begun, tmp_pat
 
 def test_a_new_checkpoint_outlives_a_broken_one_of_a_later_step(tmp_path):
     def save(step: int, keep_last: int) -> None:
-        Checkpoints(tmp_path, keep_last).save(step, {"unet": {"w": torch.full((2,), float(step))}}, {})
+        Checkpoints(Run(tmp_path), keep_last).save(step, {"unet": {"w": torch.full((2,), float(step))}}, {})
 
     save(10, keep_last=2)
     save(20, keep_last=2)
-    (Checkpoints(tmp_path).path(20) / "unet.safetensors").write_bytes(b"")
+    (Run(tmp_path).checkpoint(20) / "unet.safetensors").write_bytes(b"")
     save(15, keep_last=1)  # the run went on from 10
-    assert Checkpoints(tmp_path).load()[0] == 15
+    assert Checkpoints(Run(tmp_path)).load()[0] == 15
 
 
 OTHERS = {
@@ -297,7 +296,7 @@ def test_skipped_steps_are_counted(recipe, monkeypatch):
     spoil(monkeypatch, {1, 3, 4})
     config = recipe(**FINITE)
     train(config)
-    assert [entry["skipped_steps"] for entry in read_metrics(Path(config.output_dir))] == [0, 1, 1, 2, 3, 3]
+    assert [entry["skipped_steps"] for entry in Run(config.output_dir).read_metrics()] == [0, 1, 1, 2, 3, 3]
 
 
 def test_skipped_steps_are_still_counted_after_resuming(recipe, monkeypatch):
@@ -305,7 +304,7 @@ def test_skipped_steps_are_still_counted_after_resuming(recipe, monkeypatch):
     train(recipe(**FINITE | {"steps": 3}))
     config = recipe(**FINITE, resume=True)
     train(config)
-    assert [entry["skipped_steps"] for entry in read_metrics(Path(config.output_dir))] == [0, 1, 1, 1, 2, 2]
+    assert [entry["skipped_steps"] for entry in Run(config.output_dir).read_metrics()] == [0, 1, 1, 1, 2, 2]
 
 
 def test_metrics_of_a_skipped_step_are_json(recipe, monkeypatch):
@@ -371,11 +370,11 @@ def test_weights_that_are_not_finite_are_never_written(recipe, monkeypatch, sick
     with pytest.raises(CheckpointError, match=r"weights at step 6 are not finite and were not saved"):
         train(config)
     run = Path(config.output_dir)
-    assert Checkpoints(run).load()[0] == 4
+    assert Checkpoints(Run(run)).load()[0] == 4
     written = [tensor for path in run.rglob("*.safetensors") for tensor in load_file(path).values()]
     assert written and all(tensor.isfinite().all() for tensor in written)
     assert_same(load_file(run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"), ema_of(config, 4))
 
 
 def ema_of(config: TrainConfig, step: int) -> dict[str, torch.Tensor]:
-    return load_file(Checkpoints(Path(config.output_dir)).path(step) / "ema.safetensors")
+    return load_file(Run(config.output_dir).checkpoint(step) / "ema.safetensors")

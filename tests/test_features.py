@@ -16,7 +16,7 @@ import torch
 from feature_network import torch_fidelity  # noqa: F401
 from torch import Tensor, nn
 
-from ddpm_pipe.evaluation.evaluate import EvaluateConfig
+from ddpm_pipe.evaluation.config import EvaluateConfig
 from ddpm_pipe.evaluation.features import FILE, FeatureNetwork, extract, load_features, reference_features
 from ddpm_pipe.evaluation.metrics import frechet_distance
 

@@ -1,6 +1,5 @@
 """Sharing a run: what is pushed, its card, and a Hub that fails."""
 
-import dataclasses
 import json
 import os
 import re
@@ -16,12 +15,14 @@ from huggingface_hub import HfApi, ModelCard, constants
 from runs import REPO, make_recipe, write_config
 
 from ddpm_pipe import DDPMPipeline
-from ddpm_pipe.config import parse_config, read_config_file
+from ddpm_pipe.config import parse, read_config_file
 from ddpm_pipe.sampling.protocol import weights_sha256
 from ddpm_pipe.sharing.card import make_card, training_seconds
-from ddpm_pipe.sharing.push import PushConfig, Pusher, PushError, repeated, stage
+from ddpm_pipe.sharing.config import PushConfig
+from ddpm_pipe.sharing.push import Pusher, repeated, stage
 from ddpm_pipe.sharing.push import push as share
-from ddpm_pipe.training.recipe import TrainConfig
+from ddpm_pipe.sharing.upload import PushError
+from ddpm_pipe.training.config import TrainConfig
 
 pytestmark = pytest.mark.xdist_group("hub")
 
@@ -63,7 +64,7 @@ def push(hub, config, monkeypatch):
 
     def push(*argv: str, token: str = "hf_good") -> None:
         monkeypatch.setenv("HF_TOKEN", token)
-        share(parse_config(PushConfig, ["--run", config.output_dir, "--repo", "org/mine", *argv]))
+        share(parse(PushConfig, ["--run", config.output_dir, "--repo", "org/mine", *argv]))
 
     return push
 
@@ -199,7 +200,7 @@ def test_an_evaluation_that_cannot_be_read_stops_a_push_and_no_training(own, tmp
 def test_the_command_that_repeats_a_push_has_all_its_options():
     given = PushConfig("runs/my run", "org/x", public=True, pipeline="ema-0.05", license="mit")
     command = shlex.split(repeated(given))
-    assert command[:2] == ["python", "examples/push.py"] and parse_config(PushConfig, command[2:]) == given
+    assert command[:2] == ["python", "examples/push.py"] and parse(PushConfig, command[2:]) == given
 
 
 def test_a_pipeline_without_a_run_is_pushed_with_a_card_and_for_its_owner_only(push, hub, config, tmp_path, capsys):
@@ -242,7 +243,7 @@ def test_a_public_repository_gets_a_run_only_when_told(hub, push):
 def test_only_a_folder_of_the_run_is_pushed(own, tmp_path, name):
     shutil.copytree(Path(own.run) / "pipeline", Path(own.run).parent / "elsewhere")
     with pytest.raises(ValueError, match=r"pipeline=.* must be the name of a folder in run="):
-        stage(dataclasses.replace(own, pipeline=name), tmp_path)
+        stage(own.replace(pipeline=name), tmp_path)
 
 
 # ---------------------------------------------------------------- a Hub that fails
@@ -371,7 +372,7 @@ def staged_card(push: PushConfig, folder: Path) -> ModelCard:
 
 def test_the_card_of_another_average_has_no_loss_and_no_picture_of_the_first(own, tmp_path):
     shutil.copytree(Path(own.run) / "pipeline", Path(own.run) / "ema-0.1")
-    other = staged_card(dataclasses.replace(own, pipeline="ema-0.1"), tmp_path / "staged")
+    other = staged_card(own.replace(pipeline="ema-0.1"), tmp_path / "staged")
     assert "sigma_rel 0.1" in other.text and "held-out loss" not in other.content and "samples.png" not in other.content
     assert other.data.eval_results is None and not (tmp_path / "staged" / "samples.png").exists()
 

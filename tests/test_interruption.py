@@ -16,16 +16,17 @@ from lives import Life
 from runs import NETWORK, REPO, assert_same, final_state, loss_curve, make_recipe, write_config
 
 from ddpm_pipe.run.checkpoint import Checkpoints
+from ddpm_pipe.run.folder import Run
+from ddpm_pipe.training.config import TrainConfig
 from ddpm_pipe.training.interruption import Interrupted, Interruption
-from ddpm_pipe.training.log import Log, read_metrics
+from ddpm_pipe.training.log import Log
 from ddpm_pipe.training.loop import train
-from ddpm_pipe.training.recipe import TrainConfig
 
 BOTH, name_of = [signal.SIGTERM, signal.SIGINT], operator.attrgetter("name")
 
 
 def wait_for_step(config: TrainConfig, step: int, life: Life) -> None:
-    while not any(entry["step"] >= step for entry in read_metrics(Path(config.output_dir))):
+    while not any(entry["step"] >= step for entry in Run(config.output_dir).read_metrics()):
         life.assert_alive()
         time.sleep(0.001)
 
@@ -60,11 +61,11 @@ def test_a_signal_stops_a_run_that_then_goes_on_to_the_same_end(lives, few_image
     assert life.wait() == 75, "EX_TEMPFAIL of sysexits.h"
     assert "Traceback" not in life.errors
 
-    (step,) = Checkpoints(tmp_path / "run").steps()
+    (step,) = Checkpoints(Run(tmp_path) / "run").steps()
     assert 3 <= step < config.steps
     assert life.output.splitlines()[-1] == f"stopped at step {step}; go on with --resume."
     assert life.output.count("stopped") == 1
-    assert Checkpoints(tmp_path / "run").load()[0] == step
+    assert Checkpoints(Run(tmp_path) / "run").load()[0] == step
     assert loss_curve(config) == loss_curve(whole)[:step], "nothing was trained that was not saved"
 
     lives.complete(write_config(config), "--resume")
@@ -97,7 +98,7 @@ def test_two_processes_stop_together_when_one_is_asked(lives, few_images, tmp_pa
     wait_for_step(config, 3, ranks[0])
     ranks[asked].signal(signal.SIGTERM)
     assert [life.wait() for life in ranks] == [75, 75], ranks[0].errors
-    (step,) = Checkpoints(tmp_path / "run").steps()
+    (step,) = Checkpoints(Run(tmp_path) / "run").steps()
     assert step % 3 == 0, "they ask each other when they log"
     assert [life.output.count(f"stopped at step {step}") for life in ranks] == [1, 0]
 
@@ -113,7 +114,7 @@ def test_what_the_tracker_was_given_before_the_stop_is_on_disk(lives, few_images
     life.signal(signal.SIGTERM)
     assert life.wait() == 75
     events = EventAccumulator(str(tmp_path / "run" / "logs")).Reload()
-    (step,) = Checkpoints(tmp_path / "run").steps()
+    (step,) = Checkpoints(Run(tmp_path) / "run").steps()
     assert [event.step for event in events.Scalars("loss")] == list(range(1, step + 1))
 
 
@@ -153,7 +154,7 @@ def test_a_run_whose_launcher_or_trainer_is_asked_to_stop_saves_and_ends(
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with (tmp_path / "output").open("w") as output:
         launcher = subprocess.Popen(argv, cwd=REPO, env=environment, stdout=output, stderr=output)
-        while not any(entry["step"] >= 3 for entry in read_metrics(Path(config.output_dir))):
+        while not any(entry["step"] >= 3 for entry in Run(config.output_dir).read_metrics()):
             assert launcher.poll() is None, (tmp_path / "output").read_text()
             time.sleep(0.001)
         (trainer,) = trainers(launcher)
@@ -163,7 +164,7 @@ def test_a_run_whose_launcher_or_trainer_is_asked_to_stop_saves_and_ends(
     while not ended(trainer):
         assert time.monotonic() < end, "nobody is left to end it"
         time.sleep(0.01)
-    (step,) = Checkpoints(tmp_path / "run").steps()
+    (step,) = Checkpoints(Run(tmp_path) / "run").steps()
     assert 3 <= step < config.steps
     assert f"stopped at step {step}; go on with --resume." in (tmp_path / "output").read_text()
     lives.complete(write_config(config), "--resume")
@@ -175,7 +176,7 @@ def test_two_processes_end_with_their_launcher(few_images, tmp_path):
     config = make_recipe(tmp_path / "run", data=few_images, **CHANCY | {"steps": 400, "log_every": 3})
     argv = [sys.executable, "-m", *TORCHRUN[:-1], "2", "examples/train.py", write_config(config)]
     launcher = subprocess.Popen(argv, cwd=REPO, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    while not read_metrics(Path(config.output_dir)):
+    while not Run(config.output_dir).read_metrics():
         assert launcher.poll() is None
         time.sleep(0.001)
     processes = trainers(launcher)
@@ -185,7 +186,7 @@ def test_two_processes_end_with_their_launcher(few_images, tmp_path):
     while not all(ended(process) for process in processes):
         assert time.monotonic() < end, "nobody is left to end them"
         time.sleep(0.01)
-    (step,) = Checkpoints(tmp_path / "run").steps()
+    (step,) = Checkpoints(Run(tmp_path) / "run").steps()
     assert len(processes) == 2 and step % 3 == 0
 
 

@@ -1,6 +1,5 @@
 """A run killed at any moment and resumed is the run that was never killed, bit for bit."""
 
-import dataclasses
 import hashlib
 import random
 import shutil
@@ -13,8 +12,8 @@ from runs import NETWORK, assert_same, final_state, loss_curve, make_recipe, wri
 from safetensors.torch import load_file
 
 from ddpm_pipe.run.checkpoint import Checkpoints
-from ddpm_pipe.training.log import read_metrics
-from ddpm_pipe.training.recipe import TrainConfig
+from ddpm_pipe.run.folder import Run
+from ddpm_pipe.training.config import TrainConfig
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +50,7 @@ def assert_same_run(whole: TrainConfig, config: TrainConfig) -> None:
 
 def held_out_losses(config: TrainConfig) -> list[dict]:
     """The entries of the loss on images held out."""
-    return [entry for entry in read_metrics(Path(config.output_dir)) if "held_out_loss" in entry]
+    return [entry for entry in Run(config.output_dir).read_metrics() if "held_out_loss" in entry]
 
 
 def files(config: TrainConfig, part: str) -> dict[str, str]:
@@ -71,7 +70,7 @@ def kill_in_time(lives, config: TrainConfig, argv: list[str], chance: random.Ran
     steps = chance.choice([0, 1, 2, 3])
     goal = newest(config) + steps
     life = lives.start(*argv)
-    while steps and not any(entry["step"] >= goal for entry in read_metrics(Path(config.output_dir))[-1:]):
+    while steps and not any(entry["step"] >= goal for entry in Run(config.output_dir).read_metrics()[-1:]):
         life.assert_alive()
         time.sleep(0.001)
     time.sleep(chance.uniform(0, 0.06 if steps else 0.8))
@@ -161,7 +160,7 @@ def begun(lives, few_images, tmp_path_factory) -> TrainConfig:
 
 def copy_of(config: TrainConfig, folder: Path) -> TrainConfig:
     shutil.copytree(config.output_dir, folder / "run")
-    return dataclasses.replace(config, output_dir=str(folder / "run"))
+    return config.replace(output_dir=str(folder / "run"))
 
 
 @pytest.fixture

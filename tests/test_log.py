@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from ddpm_pipe import DDPMPipeline
 from ddpm_pipe.data.memory import ImageData
 from ddpm_pipe.objective import Objective
-from ddpm_pipe.training.log import METRICS, TIMESTEP_BINS, Log, mean_by_timestep, named_means, read_metrics
+from ddpm_pipe.run.folder import Run
+from ddpm_pipe.training.log import TIMESTEP_BINS, Log, mean_by_timestep, named_means
 from ddpm_pipe.training.loop import load_training_images, make_accelerator, train
 from ddpm_pipe.training.recipe import make_scheduler, make_unet
 from ddpm_pipe.training.report import write_report
@@ -75,7 +76,7 @@ def write_steps(log: Log, steps: range, **values: float) -> None:
 def test_an_entry_has_the_mean_since_the_one_before_it_and_the_last_step_has_one(log):
     write_steps(log, range(1, 11), learning_rate=0.5)
     assert loss_curve(log.config) == [(4, 2.5), (8, 6.5), (10, 9.5)]
-    for entry in read_metrics(log.run):
+    for entry in log.run.read_metrics():
         assert entry["loss/t_00%"] == entry["loss/t_90%"] == entry["loss"]
         assert entry["learning_rate"] == 0.5
 
@@ -83,7 +84,7 @@ def test_an_entry_has_the_mean_since_the_one_before_it_and_the_last_step_has_one
 def test_the_speed_is_in_images_of_the_whole_batch(log, monkeypatch):
     monkeypatch.setattr("time.perf_counter", lambda: log.since[0] + 2.0)
     write_steps(log, range(1, 5))
-    (entry,) = read_metrics(log.run)
+    (entry,) = log.run.read_metrics()
     assert entry["images_per_second"] == 4 * 8 / 2
 
 
@@ -106,14 +107,14 @@ def test_a_last_line_cut_short_is_left_out(log):
     write_steps(log, range(1, 11))
     file = log.run / METRICS
     file.write_text(file.read_text()[:-20])
-    assert [entry["step"] for entry in read_metrics(log.run)] == [4, 8]
+    assert [entry["step"] for entry in log.run.read_metrics()] == [4, 8]
     log.rewind(10)
     log.record(11, {"loss": 1.0})
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [4, 8, 11]
 
 
 def test_a_run_without_metrics_has_no_entries(tmp_path):
-    assert read_metrics(tmp_path) == []
+    assert Run(tmp_path).read_metrics() == []
 
 
 def test_a_resumed_run_has_every_entry_once_and_in_order(recipe, monkeypatch):
@@ -131,7 +132,7 @@ def test_a_resumed_run_has_every_entry_once_and_in_order(recipe, monkeypatch):
     config = recipe(**options, resume=True)
     assert [step for step, _ in loss_curve(config)] == [1, 2, 3, 4, 5, 6, 7]
     train(config)
-    entries = read_metrics(Path(config.output_dir))
+    entries = Run(config.output_dir).read_metrics()
     assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert [entry["step"] for entry in entries if "held_out_loss" in entry] == [3, 6, 8]
     assert [entry["step"] for entry in entries] == sorted(entry["step"] for entry in entries)
@@ -139,7 +140,7 @@ def test_a_resumed_run_has_every_entry_once_and_in_order(recipe, monkeypatch):
 
 def shown(run: Path) -> dict[str, str | bytes]:
     """Metrics without the speed, and grids, of a run."""
-    entries = [{k: v for k, v in entry.items() if k != "images_per_second"} for entry in read_metrics(run)]
+    entries = [{k: v for k, v in entry.items() if k != "images_per_second"} for entry in Run(run).read_metrics()]
     return {METRICS: json.dumps(entries)} | {path.name: path.read_bytes() for path in (run / "samples").iterdir()}
 
 
@@ -156,7 +157,7 @@ def test_what_a_kill_after_a_checkpoint_left_out_is_shown_when_the_run_is_resume
         assert "held_out_loss" in last
         (run / METRICS).write_text("".join(kept))
     assert shown(run) != before
-    train(dataclasses.replace(config, resume=True))
+    train(config.replace(resume=True))
     assert shown(run) == before
 
 
@@ -167,7 +168,7 @@ def test_grids_of_steps_that_are_trained_again_are_drawn_again(recipe):
     shutil.rmtree(run / "checkpoints" / "step-00000004")
     (run / "samples" / "step-00000004.png").write_bytes(b"of another life")
     (run / "samples" / "step-by-step.png").write_bytes(b"of the user")
-    train(dataclasses.replace(config, resume=True))
+    train(config.replace(resume=True))
     assert shown(run) == before | {"step-by-step.png": b"of the user"}
 
 
@@ -177,7 +178,7 @@ def test_a_grid_that_cannot_be_drawn_is_told_and_harms_nothing(recipe, capsys, c
     undisturbed, config = recipe("undisturbed", **chancy), recipe("run", **chancy)
     train(undisturbed)
     if cause == "no memory":
-        config = dataclasses.replace(config, num_samples=10**12)
+        config = config.replace(num_samples=10**12)
     else:
         Path(config.output_dir).mkdir()
         (Path(config.output_dir) / "samples").write_text("not a folder")
@@ -188,7 +189,7 @@ def test_a_grid_that_cannot_be_drawn_is_told_and_harms_nothing(recipe, capsys, c
         f"the samples of step {step} could not be drawn" for step in (2, 4)
     ]
     assert_same(final_state(undisturbed), final_state(config))
-    assert [entry["step"] for entry in read_metrics(Path(config.output_dir)) if "held_out_loss" in entry] == [2, 4]
+    assert [entry["step"] for entry in Run(config.output_dir).read_metrics() if "held_out_loss" in entry] == [2, 4]
 
 
 # ---------------------------------------------------------------- the report
@@ -263,7 +264,7 @@ def health_of(config, unet):
 
 def test_the_logged_held_out_loss_is_that_of_the_saved_average(finished):
     config, run = finished
-    logged = [entry for entry in read_metrics(run) if "held_out_loss" in entry]
+    logged = [entry for entry in Run(run).read_metrics() if "held_out_loss" in entry]
     assert [entry["step"] for entry in logged] == [3, 6]
     again = health_of(config, DDPMPipeline.from_pretrained(run / "pipeline").unet)
     assert logged[-1] == {"step": 6} | again

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from ddpm_pipe.config import JsonDict
 from ddpm_pipe.data.memory import ImageData
-from ddpm_pipe.training.recipe import TrainConfig, lr_at, make_scheduler, make_unet
+from ddpm_pipe.training.config import TrainConfig, lr_at, make_scheduler, make_unet
 
 SMALL = {"block_out_channels": [8, 16], "norm_num_groups": 4}
 STOCK = {
@@ -26,7 +25,7 @@ def images(channels=3, height=8, width=8, classes=0) -> ImageData:
 
 
 def recipe(unet=SMALL, **options) -> TrainConfig:
-    return TrainConfig(data="x", unet=JsonDict(unet), **options)
+    return TrainConfig(data="x", unet=unet, **options)
 
 
 def test_learning_rate_warms_up_in_optimizer_steps_then_decays_to_zero():
@@ -55,9 +54,9 @@ def test_initial_weights_follow_the_seed():
 
 
 def test_cifar10_preset_has_the_published_number_of_weights(repo):
-    from ddpm_pipe.config import parse_config
+    from ddpm_pipe.config import parse
 
-    config = parse_config(TrainConfig, [str(repo / "examples" / "presets" / "cifar10.yaml")])
+    config = parse(TrainConfig, [str(repo / "examples" / "presets" / "cifar10.yaml")])
     assert sum(p.numel() for p in make_unet(config, images(3, 32, 32)).parameters()) == 35_746_307
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch.testing import assert_close
 
+from ddpm_pipe.training.config import TrainConfig
 from ddpm_pipe.training.draws import micro_batches
-from ddpm_pipe.training.recipe import TrainConfig
 from ddpm_pipe.training.timestep_sampling import TIMESTEP_SAMPLERS, LossSecondMomentSampler, UniformSampler
 
 STEPS = 6

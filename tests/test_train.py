@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from ddpm_pipe import DDPMPipeline
 from ddpm_pipe.run.checkpoint import Checkpoints
+from ddpm_pipe.training.config import TrainConfig
 from ddpm_pipe.training.loop import train
-from ddpm_pipe.training.recipe import TrainConfig
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, TypeVar
 import fsspec
 import numpy as np
 import psutil
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -219,12 +218,6 @@ def choose_channels(headers: Iterable[Header], channels: int | None) -> int:
 
 
 # ---------------------------------------------------------------- pixels as numbers
-
-
-def flip_some(images: Tensor, draws: Tensor) -> Tensor:
-    """Mirror the images (n, C, H, W) whose draw from [0, 1) is below 1/2."""
-    mirrored = (draws < 0.5).to(images.device, non_blocking=True)
-    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
 def to_unit_range(images: Tensor) -> Tensor:

@@ -28,7 +28,6 @@ from ddpm_pipe.data.images import (
     choose_channels,
     choose_size,
     first_header,
-    flip_some,
     gib,
     header_of,
     map_cells,
@@ -103,24 +102,26 @@ class ImageData:
         first, second = drawn[count:].sort().values, drawn[:count].sort().values
         return replace(self, rows=first), replace(self, rows=second)
 
-    def batches(self, batch_size: int, seed: int, flip: bool) -> "Batches":
+    def batches(self, batch_size: int, seed: int) -> "Batches":
         """Training batches of these images."""
-        return Batches(self, batch_size, seed, flip)
+        return Batches(self, batch_size, seed)
 
-    def describe(self) -> str:
-        """The plan that is printed before training starts."""
+    def summary(self) -> str:
+        """The images in a line, for the plan and the model card."""
         channels, height, width = self.shape
+        size = f"{width}x{height}, {channels} channel{'s' * (channels > 1)}"
+        return f"{len(self)} images per epoch, {size}, from column {self.column!r}"
+
+    def notes(self) -> list[str]:
+        """What else is printed before training starts: where the images are kept, classes, and unreadable files."""
         where = "memory-mapped" if self.memory_mapped else "in memory"
-        lines = [
-            f"{len(self)} images per epoch, {width}x{height}, {channels} channel{'s' * (channels > 1)}, "
-            f"from column {self.column!r}; {self.images.nbytes / 2**20:.1f} MiB {where}"
-        ]
+        lines = [f"{self.images.nbytes / 2**20:.1f} MiB {where}"]
         if self.class_names:
             lines.append(f"{len(self.class_names)} classes: {', '.join(self.class_names)}")
         if self.skipped:
             lines.append(f"{len(self.skipped)} unreadable images skipped:")
             lines.extend(f"  {line}" for line in self.skipped)
-        return "\n".join(lines)
+        return lines
 
 
 def load_images(
@@ -354,19 +355,18 @@ def _reserve(path: Path, shape: tuple[int, ...]) -> np.memmap:
 
 
 class Batches:
-    """Shuffled, flipped batches: which images make up a step is a function of (seed, step).
+    """Shuffled batches: which images make up a step is a function of (seed, step).
 
     The images are taken epoch after epoch without a gap, so that a batch may reach into the next epoch.
 
     Args:
         data: the images.
         batch_size: images per optimizer step, over all processes.
-        seed: of the order and the flips.
-        flip: mirror each image with probability 1/2.
+        seed: of the order.
     """
 
-    def __init__(self, data: ImageData, batch_size: int, seed: int, flip: bool = False):
-        self.data, self.batch_size, self.seed, self.flip = data, batch_size, seed, flip
+    def __init__(self, data: ImageData, batch_size: int, seed: int):
+        self.data, self.batch_size, self.seed = data, batch_size, seed
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
     def positions(self, step: int) -> Tensor:
@@ -385,6 +385,4 @@ class Batches:
         """A part of the batch of optimizer step `step`: x0 in [-1, 1], (n, C, H, W), and labels (n,) or None."""
         images, labels = self.data.take(self.positions(step)[part])
         x0 = to_unit_range(images.to(device, non_blocking=True))
-        if self.flip:
-            x0 = flip_some(x0, torch.rand(self.batch_size, generator=generator(self.seed, "flip", step))[part])
         return x0, labels if labels is None else labels.to(device, non_blocking=True)

@@ -20,7 +20,6 @@ from ddpm_pipe.data.images import (
     choose_channels,
     choose_size,
     first_header,
-    flip_some,
     map_cells,
     open_image,
     to_array,
@@ -28,7 +27,7 @@ from ddpm_pipe.data.images import (
 )
 from ddpm_pipe.data.memory import ImageData
 from ddpm_pipe.data.sources import DataError, explained, find_image_column, find_label_column, is_label, open_dataset
-from ddpm_pipe.randomness import derive_seed, generator
+from ddpm_pipe.randomness import derive_seed
 
 PATIENCE = 1000
 """Rows in a row that cannot be read after which a stream is given up."""
@@ -129,19 +128,20 @@ class ImageStream:
         held_out = ImageData(images, torch.arange(len(images)), labels, self.class_names, self.column)
         return replace(self, rows=self.rows.skip(count)), held_out
 
-    def batches(self, batch_size: int, seed: int, flip: bool) -> "StreamBatches":
+    def batches(self, batch_size: int, seed: int) -> "StreamBatches":
         """Training batches of this stream."""
-        return StreamBatches(self, batch_size, seed, flip)
+        return StreamBatches(self, batch_size, seed)
 
-    def describe(self) -> str:
-        """The plan that is printed before training starts."""
+    def summary(self) -> str:
+        """The stream in a line, for the plan and the model card."""
         channels, height, width = self.shape
-        lines = [
-            f"a stream of images, {width}x{height}, {channels} channel{'s' * (channels > 1)}, from {self.column!r}"
-        ]
-        if self.class_names:
-            lines.append(f"{len(self.class_names)} classes: {', '.join(self.class_names)}")
-        return "\n".join(lines)
+        size = f"{width}x{height}, {channels} channel{'s' * (channels > 1)}"
+        return f"a stream of images, {size}, from column {self.column!r}"
+
+    def notes(self) -> list[str]:
+        """What else is printed before training starts: the classes."""
+        names = self.class_names
+        return [f"{len(names)} classes: {', '.join(names)}"] if names else []
 
 
 def stream_images(
@@ -186,13 +186,12 @@ class StreamBatches:
     Args:
         stream: the images.
         batch_size: images per optimizer step, over all processes.
-        seed: of the order and the flips.
-        flip: mirror each image with probability 1/2.
+        seed: of the order.
         buffer_size: rows among which the next is drawn.
     """
 
-    def __init__(self, stream: ImageStream, batch_size: int, seed: int, flip: bool = False, buffer_size: int = 1000):
-        self.stream, self.batch_size, self.seed, self.flip = stream, batch_size, seed, flip
+    def __init__(self, stream: ImageStream, batch_size: int, seed: int, buffer_size: int = 1000):
+        self.stream, self.batch_size, self.seed = stream, batch_size, seed
         self.buffer_size = buffer_size
         self._reader = ThreadPoolExecutor(1)  # one: it alone reads rows, in the order of the calls
         self._ahead: dict[tuple[int, int], Future] = {}
@@ -241,6 +240,4 @@ class StreamBatches:
         self._ahead[step + 1, part.start] = self._reader.submit(self._decode, step + 1, part)
         images, labels = now.result()
         x0 = to_unit_range(images.to(device, non_blocking=True))
-        if self.flip:
-            x0 = flip_some(x0, torch.rand(self.batch_size, generator=generator(self.seed, "flip", step))[part])
         return x0, labels if labels is None else labels.to(device, non_blocking=True)

@@ -19,8 +19,8 @@ from huggingface_hub.constants import HF_HOME
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ddpm_pipe.launch import processes
 from ddpm_pipe.run.files import CheckpointError, replace_folder, save_tensors, sha256
-from ddpm_pipe.sampling.protocol import processes
 
 logger = logging.getLogger(__name__)
 

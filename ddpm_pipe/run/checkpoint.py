@@ -4,7 +4,6 @@ A run folder holds `checkpoints/step-00001000/`, ..., each with its files and a 
 """
 
 import logging
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ddpm_pipe.run.files import CheckpointError, check_manifest, replace_folder, save_tensors, write_manifest
+from ddpm_pipe.run.folder import Run
 
 logger = logging.getLogger(__name__)
 
@@ -23,22 +23,18 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        folder: the run folder.
+        run: whose checkpoints they are.
         keep_last: how many of the newest to keep, at least 1.
         keep_every: keep also those whose step is a multiple of this; 0 for none.
     """
 
-    def __init__(self, folder: Path, keep_last: int = 2, keep_every: int = 0):
-        self.folder = folder / "checkpoints"
+    def __init__(self, run: Run, keep_last: int = 2, keep_every: int = 0):
+        self.run = run
         self.keep_last, self.keep_every = keep_last, keep_every
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints on disk, increasing."""
-        found = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
-        return sorted(int(match[1]) for match in found if match)
-
-    def path(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}"
+        return self.run.steps(self.run.checkpoints)
 
     def save(self, step: int, weights: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
         """Write one checkpoint, then delete those no longer wanted.
@@ -57,9 +53,9 @@ class Checkpoints:
             torch.save(dict(state), folder / "state.pt")
             write_manifest(folder, step)
 
-        replace_folder(self.path(step), write)
+        replace_folder(self.run.checkpoint(step), write)
         self._delete_old(step)
-        return self.path(step)
+        return self.run.checkpoint(step)
 
     def _delete_old(self, newest: int) -> None:
         """Delete what is no longer wanted, and what claims a later step: the run was resumed before it."""
@@ -68,7 +64,7 @@ class Checkpoints:
         for step in steps:
             kept_for_good = self.keep_every and step % self.keep_every == 0 and step <= newest
             if step not in wanted and not kept_for_good:
-                shutil.rmtree(self.path(step), ignore_errors=True)
+                shutil.rmtree(self.run.checkpoint(step), ignore_errors=True)
 
     def load(self) -> tuple[int, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
         """Step, weights and state of the newest checkpoint that can be read; None where there is none at all.
@@ -81,11 +77,13 @@ class Checkpoints:
         steps = self.steps()
         for step in reversed(steps):
             try:
-                return step, *self._read(self.path(step))
+                return step, *self._read(self.run.checkpoint(step))
             except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
-                logger.warning("checkpoint %s is unreadable (%s); taking the one before it.", self.path(step), error)
+                logger.warning(
+                    "checkpoint %s is unreadable (%s); taking the one before it.", self.run.checkpoint(step), error
+                )
         if steps:
-            raise CheckpointError(f"none of the {len(steps)} checkpoints in {self.folder} can be read.")
+            raise CheckpointError(f"none of the {len(steps)} checkpoints in {self.run.checkpoints} can be read.")
         return None
 
     def _read(self, folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 MANIFEST = "manifest.json"
-TRAINING = "training.json"
-"""Says in a pipeline folder of a run after how many optimizer steps it was written."""
 
 
 class CheckpointError(ValueError):
@@ -72,20 +70,6 @@ def replace_folder(folder: Path, write: Callable[[Path], Any]) -> None:
         with suppress(OSError):  # then the next write settles it
             _settle(folder)
         raise CheckpointError(f"{folder} could not be written ({error}); what was saved before is intact.") from error
-
-
-def save_pipeline(folder: Path, pipeline: Any, step: int) -> None:
-    """Put a pipeline in the place of `folder`, with the number of optimizer steps that its weights were trained for.
-
-    Raises:
-        CheckpointError: as `replace_folder`.
-    """
-
-    def write(new: Path) -> None:
-        pipeline.save_pretrained(new)
-        (new / TRAINING).write_text(json.dumps({"step": step}) + "\n")
-
-    replace_folder(folder, write)
 
 
 def _beside(folder: Path) -> tuple[Path, Path]:

@@ -9,7 +9,6 @@ import json
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,16 +20,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ddpm_pipe.checks import check_choice
-from ddpm_pipe.config import option
+from ddpm_pipe.launch import processes
 from ddpm_pipe.pretrained import DDPMPipeline
 from ddpm_pipe.run.files import replace_text, whole_file
+from ddpm_pipe.sampling.config import GenerateConfig, parse_seeds
 from ddpm_pipe.sampling.protocol import (
     Batch,
-    SampleConfig,
     label_cycle,
     pipeline_for,
-    processes,
     protocol,
     sample_images,
     try_out,
@@ -39,51 +36,8 @@ from ddpm_pipe.sampling.protocol import (
 GENERATION = "generation.json"
 """The protocol of a folder of images, written before the first of them."""
 
-MAX_SEEDS = 10_000_000
-"""Images that one call of `generate` draws at most; more would fill the memory with their seeds alone."""
-
 NOT_COMPARED = ("model", "revision", "seeds", "versions")
 """Entries of a protocol that may change when a folder is gone on with: the weights are known by their checksums."""
-
-
-@dataclass
-class GenerateConfig(SampleConfig):
-    """Which images to draw, and where to put them, beside how the model samples."""
-
-    seeds: str = option("0-63", "one image per seed: numbers and ranges with commas between, as 0-49999")
-    output_dir: str = option("runs/generated", "folder of the images; one that holds some is gone on with")
-    output_format: str = option("png", "png, or shards of images as zip or parquet")
-    shard_size: int = option(1000, "images in a zip or parquet file")
-
-    def __post_init__(self):
-        super().__post_init__()
-        parse_seeds(self.seeds)
-        if not self.output_dir:
-            raise ValueError("output_dir='' must name a folder.")
-        check_choice("output_format", self.output_format, FORMATS)
-        if self.shard_size < 1:
-            raise ValueError(f"shard_size={self.shard_size} must be at least 1.")
-
-
-def parse_seeds(text: str) -> list[int]:
-    """The seeds of "0-49999" or "1,5,7-9", increasing and each once.
-
-    Raises:
-        ValueError: where it is not of this form, or holds more than `MAX_SEEDS`.
-    """
-    ranges = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part.strip())  # more digits fit no 64-bit integer
-        if not match or int(match[1]) > int(match[2] or match[1]):
-            raise ValueError(
-                f"seeds={text!r} must be numbers of up to 18 digits and ranges with commas between, as 0-49999 or "
-                "1,5,7-9."
-            )
-        ranges.append(range(int(match[1]), int(match[2] or match[1]) + 1))
-    count = sum(part.stop - part.start for part in ranges)
-    if count > MAX_SEEDS:
-        raise ValueError(f"seeds={text!r} are {count:,} images; a folder takes at most {MAX_SEEDS:,}.")
-    return sorted(set().union(*ranges))
 
 
 # ---------------------------------------------------------------- files: written whole or not at all

@@ -4,8 +4,6 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,84 +11,20 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from accelerate import PartialState
 from diffusers import ModelMixin, SchedulerMixin
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 
 from ddpm_pipe.checks import check_choice
 from ddpm_pipe.compatibility import check_scheduler
-from ddpm_pipe.config import Config, JsonDict, option
 from ddpm_pipe.pipeline import null_class
 from ddpm_pipe.pretrained import SAMPLERS, DDPMPipeline
-from ddpm_pipe.run.files import sha256
-
-ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddpm": ("DDPMScheduler", {}),
-    "ddim": ("DDIMScheduler", {}),
-    "dpm++": ("DPMSolverMultistepScheduler", {}),
-    "dpm++sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "dpm++single": ("DPMSolverSinglestepScheduler", {}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {}),
-    "pndm": ("PNDMScheduler", {}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "kdpm2": ("KDPM2DiscreteScheduler", {}),
-    "kdpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
-}
-SCHEDULERS = ALIASES | {name: (name, {}) for name, _ in ALIASES.values()}
-"""Short name or class name -> class and the options that make it what the name says.
-
-DDPM and DDIM are those of this package. The others of diffusers have noise levels that a DDPM was not trained on, or,
-as DPMSolverSDEScheduler, noise that is not that of the images' generators.
-"""
-
-DTYPES = ("float32", "bfloat16", "float16")
+from ddpm_pipe.sampling.config import SCHEDULERS, SampleConfig
+from ddpm_pipe.sharing.privacy import shared_name
+from ddpm_pipe.weights import weights_sha256
 
 Batch = tuple[list[int], Tensor, list[int] | None]
 """Seeds, uint8 images (B, C, H, W) and labels of a batch; no labels for images without a class."""
-
-
-@dataclass
-class SampleConfig(Config):
-    """Which model to sample, and how."""
-
-    model: str = field(metadata={"help": "a pipeline folder, or the id of a repository on the Hub"})
-    revision: str | None = option(None, "branch, tag or commit of a model on the Hub")
-    dtype: str = option("float32", f"of the network: {', '.join(DTYPES)}")
-    batch_size: int = option(64, "images that a process draws at a time")
-    scheduler: str | None = option(None, f"one of {', '.join(ALIASES)}, or their class; the model's own if not given")
-    scheduler_options: JsonDict = field(
-        default_factory=JsonDict, metadata={"help": "config keys of the scheduler other than the model's, as JSON"}
-    )
-    steps: int | None = option(None, "timesteps of sampling; all that the model was trained with if not given")
-    eta: float = option(0.0, "noise of DDIM, 0 to 1")
-    class_labels: str | None = option(None, "balanced, or classes with commas between; seeds take them in turn")
-    guidance_scale: float = option(1.0, "classifier-free guidance; 1 is none")
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.class_labels = None if self.class_labels is None else self.class_labels.replace(" ", "")
-        check_choice("dtype", self.dtype, DTYPES)
-        if self.scheduler is not None:
-            check_choice("scheduler", self.scheduler, SCHEDULERS)
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size} must be at least 1.")
-
-    def call_options(self) -> dict[str, Any]:
-        """The options of `sample_images`."""
-        names = ("eta", "class_labels", "guidance_scale")
-        return {"num_inference_steps": self.steps} | {name: getattr(self, name) for name in names}
-
-
-def processes() -> PartialState:
-    """The processes of this launch; those that are done wait for the others, for days."""
-    # said outright, so that several processes on CPUs find each other
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
 
 
 # ---------------------------------------------------------------- images in memory
@@ -172,9 +106,7 @@ def pipeline_for(config: SampleConfig) -> DDPMPipeline:
         folder = config.model if local else DDPMPipeline.download(config.model, revision=config.revision)
     except HFValidationError as error:
         raise ValueError(f"model={config.model!r} is neither a folder here nor the id of a repository.") from error
-    pipeline = DDPMPipeline.from_pretrained(folder)
-    if config.dtype != "float32":
-        pipeline.unet.to(getattr(torch, config.dtype))
+    pipeline = DDPMPipeline.from_pretrained(folder, torch_dtype=getattr(torch, config.dtype))
     pipeline.set_progress_bar_config(disable=True)
     steps = pipeline.scheduler.config.num_train_timesteps
     if config.steps is not None and not 1 <= config.steps <= steps:
@@ -236,22 +168,6 @@ def protocol(config: SampleConfig, pipeline: DDPMPipeline) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("ddpm_pipe", "torch", "diffusers")},
     }
     return json.loads(json.dumps(entries))
-
-
-def shared_name(place: str) -> str:
-    """What others are told of where a model or data are: the id of a repository; of a path, whether or not it is there
-    now, only the last part."""
-    try:
-        validate_repo_id(place)
-        is_id = not Path(place).exists()
-    except HFValidationError:
-        is_id = False
-    return place if is_id else Path(place).expanduser().resolve().name
-
-
-def weights_sha256(pipeline: Path) -> dict[str, str]:
-    """The checksums of the files of weights in a pipeline folder, by name: what tells one model from another."""
-    return {path.name: sha256(path) for path in sorted((pipeline / "unet").glob("*.safetensors"))}
 
 
 def _shortened(cycle: list[int]) -> str:

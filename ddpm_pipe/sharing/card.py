@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,27 +9,20 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ddpm_pipe.config import read_config_file
-from ddpm_pipe.pretrained import CODE
-from ddpm_pipe.run.files import TRAINING
-from ddpm_pipe.sampling.protocol import shared_name, weights_sha256
-from ddpm_pipe.training.log import grid_files, read_metrics
-from ddpm_pipe.training.recipe import CONFIG, PLAN
-from ddpm_pipe.weights import read_json, saved_variants
+from ddpm_pipe.run.folder import EVALUATION, TRAINING, Run
+from ddpm_pipe.sharing.privacy import shared_name
+from ddpm_pipe.weights import CODE_FILES, read_json, saved_variants, weights_sha256
 
-EVALUATION = "evaluation.json"
 PICTURE = "samples.png"
 TEMPLATES = [Path(__file__).parents[up] / "model_cards" / "TEMPLATE.md" for up in (1, 2)]
 """Where the template lies: in the installed package, or beside it in a checkout."""
 TASK = "unconditional-image-generation"
 PRIVATE = ("output_dir", "push_to", "push_every", "push_public", "resume", "overwrite")
 """Choices of a run that concern its machine alone."""
-CODE_FILES = [f"{name}.py" if part == "pipeline" else f"{part}/{name}.py" for part, name in CODE.items()]
-"""The code that a pipeline folder may hold."""
 
 
 def make_card(
-    run: Path | None,
+    run: Run | None,
     pipeline: Path,
     repo_id: str,
     license: str | None = None,
@@ -106,9 +98,9 @@ def read_pipeline(pipeline: Path) -> dict[str, Any]:
     }
 
 
-def read_run(run: Path, pipeline: Path) -> dict[str, Any]:
+def read_run(run: Run, pipeline: Path) -> dict[str, Any]:
     """What the template is told of a run: its recipe, plan, picture, steps and time."""
-    recipe = read_config_file(run / CONFIG)
+    recipe = run.read_config()
     recipe = {key: value for key, value in recipe.items() if key not in PRIVATE}
     data = recipe["data"]
     recipe["data"] = shared_name(data)
@@ -118,7 +110,7 @@ def read_run(run: Path, pipeline: Path) -> dict[str, Any]:
         "dataset": data if recipe["data"] == data and not Path(data).exists() else None,
         "recipe": recipe,
         "recipe_yaml": yaml.safe_dump(recipe, sort_keys=False).strip(),
-        "plan": read_config_file(run / PLAN),
+        "plan": run.read_plan(),
         "steps": entries[-1]["step"] if entries else 0,
         "average": describe_average(pipeline, recipe),
         "duration": str(timedelta(seconds=round(training_seconds(entries, recipe["batch_size"])))),
@@ -131,24 +123,24 @@ def trained_steps(pipeline: Path) -> float:
     return read_json(file)["step"] if file.exists() else math.inf
 
 
-def trained_entries(run: Path, pipeline: Path) -> list[dict[str, Any]]:
+def trained_entries(run: Run, pipeline: Path) -> list[dict[str, Any]]:
     """The log of a run up to when a pipeline was saved."""
-    return [entry for entry in read_metrics(run) if entry["step"] <= trained_steps(pipeline)]
+    return [entry for entry in run.read_metrics() if entry["step"] <= trained_steps(pipeline)]
 
 
-def find_picture(run: Path, pipeline: Path) -> Path | None:
+def find_picture(run: Run, pipeline: Path) -> Path | None:
     """The newest sample grid that was drawn up to when a pipeline was saved; None for averages that draw no grids."""
     if is_other_average(pipeline):
         return None
-    drawn = (re.fullmatch(r"step-(\d+)\.png", path.name) for path in (run / "samples").glob("step-*.png"))
-    steps = [int(match[1]) for match in drawn if match and int(match[1]) <= trained_steps(pipeline)]
-    return grid_files(run, max(steps))["average"] if steps else None
+    steps = [step for step in run.steps(run.samples) if step <= trained_steps(pipeline)]
+    grids = [run.grids(step)["average"] for step in reversed(steps)]
+    return next((grid for grid in grids if grid.exists()), None)
 
 
 # ---------------------------------------------------------------- how good it is
 
 
-def read_held_out_loss(run: Path, pipeline: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
+def read_held_out_loss(run: Run, pipeline: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
     """type, name, value and protocol of the last loss on images held out, where that of this average was measured."""
     held_out = [entry for entry in trained_entries(run, pipeline) if "held_out_loss" in entry]
     if not held_out or is_other_average(pipeline):
@@ -161,7 +153,7 @@ def read_held_out_loss(run: Path, pipeline: Path, recipe: dict[str, Any]) -> lis
     return [{"type": "loss", "name": "held-out loss", "value": value, "protocol": protocol}]
 
 
-def read_evaluation(run: Path | None, pipeline: Path) -> dict[str, Any]:
+def read_evaluation(run: Run | None, pipeline: Path) -> dict[str, Any]:
     """The evaluation.json of a pipeline folder, or of its run, as earlier versions wrote it.
 
     What was measured on other weights than those of the folder is left out, and a sentence says so.
@@ -172,7 +164,7 @@ def read_evaluation(run: Path | None, pipeline: Path) -> dict[str, Any]:
     Raises:
         ValueError: where the file cannot be read, has another shape, or a metric is not finite.
     """
-    folders = [pipeline] if run is None else [pipeline, run]
+    folders = [pipeline] if run is None else [pipeline, run.folder]
     file = next((folder / EVALUATION for folder in folders if (folder / EVALUATION).exists()), None)
     if file is None:
         return {}
@@ -185,7 +177,7 @@ def read_evaluation(run: Path | None, pipeline: Path) -> dict[str, Any]:
         foreign = [row for row in of_points[False] if row not in of_points[True]]
         values = [float(row["value"]) for row in metrics if row["type"] and row["name"] and row["protocol"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is not what examples/evaluate.py writes ({error!r}); evaluate again.") from error
+        raise ValueError(f"{file} is not what ddpm-pipe evaluate writes ({error!r}); evaluate again.") from error
     if not all(map(math.isfinite, values)):
         raise ValueError(f"{file} holds a metric that is not finite; evaluate again.")
     if measured != weights_sha256(pipeline):

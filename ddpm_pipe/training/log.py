@@ -2,10 +2,7 @@
 
 import json
 import math
-import re
 import time
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +12,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddpm_pipe.run.files import replace_text
-from ddpm_pipe.training.recipe import TrainConfig
+from ddpm_pipe.run.folder import Run
+from ddpm_pipe.training.config import TrainConfig
 
-METRICS = "metrics.jsonl"
 TIMESTEP_BINS = 10
 
 
@@ -39,43 +36,26 @@ def named_means(name: str, sums: Tensor) -> dict[str, float]:
     return means
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The entries of a run's metrics.jsonl, oldest first; a last line cut short is left out."""
-    entries = []
-    for line in (run / METRICS).read_text().splitlines() if (run / METRICS).exists() else []:
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return entries
-
-
-def grid_files(run: Path, step: int) -> dict[str, Path]:
-    """Where the grids of a step are kept."""
-    return {name: run / "samples" / f"step-{step:08d}{end}.png" for name, end in (("average", ""), ("raw", "-raw"))}
-
-
 class Log:
     """Entries every `log_every` optimizer steps. Losses stay on the device in between."""
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator, run: Path, first_step: int):
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, run: Run, first_step: int):
         self.config, self.accelerator, self.run = config, accelerator, run
         self.bar = tqdm(total=config.steps, disable=not accelerator.is_local_main_process, unit="step")
-        self.rewind(first_step)
+        self.bar.n = first_step
+        self.losses: list[tuple[Tensor, Tensor]] = []
+        self.since = (time.perf_counter(), first_step)
+        if accelerator.is_main_process:
+            self._forget_after(first_step)
         accelerator.init_trackers("logs")
 
-    def rewind(self, step: int) -> None:
-        """Go on after `step`: forget what was logged and drawn later, on the way to a checkpoint that is not there."""
-        self.losses: list[tuple[Tensor, Tensor]] = []
-        self.since = (time.perf_counter(), step)
-        self.bar.n = step
-        if self.accelerator.is_main_process:
-            kept = [json.dumps(entry) + "\n" for entry in read_metrics(self.run) if entry["step"] <= step]
-            replace_text(self.run / METRICS, "".join(kept))
-            for file in (self.run / "samples").glob("step-*.png"):
-                shown = re.match(r"step-(\d+)", file.name)
-                if shown and int(shown[1]) > step:
-                    file.unlink()
+    def _forget_after(self, step: int) -> None:
+        """Delete what was logged and drawn after the checkpoint that the run resumes from."""
+        kept = [json.dumps(entry) + "\n" for entry in self.run.read_metrics() if entry["step"] <= step]
+        replace_text(self.run.metrics, "".join(kept))
+        for shown in self.run.steps(self.run.samples):
+            for file in self.run.grids(shown).values() if shown > step else ():
+                file.unlink(missing_ok=True)
 
     def write(self, step: int, seen: list[tuple[Tensor, Tensor]], **values: float) -> None:
         """Advance the bar; where it is time, log the mean losses of all processes, the speed and `values`.
@@ -103,7 +83,7 @@ class Log:
         self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
             entry = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            with (self.run / METRICS).open("a") as file:
+            with self.run.metrics.open("a") as file:
                 file.write(json.dumps({"step": step} | entry) + "\n")
 
     def show(self, step: int, grids: dict[str, Image.Image]) -> None:
@@ -112,3 +92,7 @@ class Log:
         for tracker in self.accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images(batches, step=step, **layout)
+
+    def close(self) -> None:
+        """End the progress bar."""
+        self.bar.close()

@@ -1,6 +1,5 @@
 """Averages of any length from the snapshots of a finished run, written as pipelines."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -8,61 +7,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ddpm_pipe.config import Config, option
 from ddpm_pipe.pretrained import DDPMPipeline
-from ddpm_pipe.run.files import MANIFEST, CheckpointError, check_manifest, save_pipeline, shapes
-from ddpm_pipe.training.ema import posthoc_coefficients, power_exponent
+from ddpm_pipe.run.files import MANIFEST, CheckpointError, check_manifest, shapes
+from ddpm_pipe.run.folder import Run
+from ddpm_pipe.training.config import AverageConfig
+from ddpm_pipe.training.ema import posthoc_coefficients
 
 
-@dataclass
-class PosthocConfig(Config):
-    """Which averages to rebuild from which run."""
-
-    run: str = field(metadata={"help": "the run folder"})
-    sigma_rel: str | float = field(
-        metadata={"help": "widths of the averages relative to the run, with commas between: 0.05,0.10"}
-    )
-    step: int | None = option(None, "step at which they end; the last snapshot if not given")
-
-    def __post_init__(self):
-        """Check the values.
-
-        Raises:
-            ValueError: for one that cannot be, naming it.
-        """
-        super().__post_init__()
-        for width in self.widths():
-            power_exponent(width)
-
-    def widths(self) -> list[float]:
-        """The widths as numbers.
-
-        Raises:
-            ValueError: where they are none.
-        """
-        try:
-            return [float(width) for width in str(self.sigma_rel).split(",")]
-        except ValueError as error:
-            raise ValueError(
-                f"sigma_rel={self.sigma_rel!r} must be numbers with commas between, as 0.05,0.10."
-            ) from error
-
-
-def find_snapshots(run: Path) -> list[tuple[int, float, Path]]:
+def find_snapshots(run: Run) -> list[tuple[int, float, Path]]:
     """(step, sigma_rel, file) of each snapshot of a run, by step.
 
     Raises:
         ValueError: where there is none.
     """
-    found = [
-        (int(path.parent.name.split("-")[1]), float(path.stem), path) for path in run.glob("ema/step-*/*.safetensors")
-    ]
-    if not found:
-        raise ValueError(f"run={str(run)!r} has no snapshots in {run / 'ema'}; train with ema_sigma_rel set.")
-    return sorted(found)
+    files = [(step, path) for step in run.steps(run.snapshots) for path in run.snapshot(step).glob("*.safetensors")]
+    if not files:
+        raise ValueError(f"run={str(run)!r} has no snapshots in {run.snapshots}; train with ema_sigma_rel set.")
+    return sorted((step, float(path.stem), path) for step, path in files)
 
 
-def reconstruct(run: Path, sigma_rel: float, step: int | None = None) -> tuple[dict[str, Tensor], float]:
+def reconstruct(run: Run, sigma_rel: float, step: int | None = None) -> tuple[dict[str, Tensor], float]:
     """The averaged weights of width `sigma_rel` at `step`, and the relative error of their profile.
 
     Raises:
@@ -105,27 +69,27 @@ def read_snapshot(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def write_posthoc_pipelines(config: PosthocConfig) -> list[Path]:
-    """Write `<run>/ema-<sigma_rel>/` for each width and print the error of its profile.
+def average(config: AverageConfig) -> list[Path]:
+    """Write the pipeline of each average into the run folder and print the error of its profile.
 
     Raises:
         ValueError: where the run has no pipeline, or one of another network than the snapshots.
         CheckpointError: where a snapshot cannot be read or a pipeline not be written.
     """
-    run, written = Path(config.run), []
+    run, written = Run(config.run), []
     step = find_snapshots(run)[-1][0] if config.step is None else config.step
-    for width in config.widths():
+    for width in config.sigma_rel:
         weights, error = reconstruct(run, width, step)
-        if not (run / "pipeline").is_dir():
+        if not run.pipeline.is_dir():
             raise ValueError(f"run={config.run!r} has no pipeline whose network the averages could fill.")
-        pipeline = DDPMPipeline.from_pretrained(run / "pipeline")
+        pipeline = DDPMPipeline.from_pretrained(run.pipeline)
         if shapes(weights) != shapes(pipeline.unet.state_dict()):
-            raise ValueError(f"the snapshots in {run / 'ema'} are of another network than {run / 'pipeline'}.")
+            raise ValueError(f"the snapshots in {run.snapshots} are of another network than {run.pipeline}.")
         settings = {key: value for key, value in pipeline.unet.config.items() if key[0] != "_"}  # not where it lay
         unet = type(pipeline.unet).from_config(settings)
         unet.load_state_dict(weights)
-        folder = run / f"ema-{width:g}"
-        save_pipeline(folder, DDPMPipeline(unet, pipeline.scheduler), step)
+        folder = run.average(width)
+        run.save_pipeline(folder, DDPMPipeline(unet, pipeline.scheduler), step)
         print(f"{folder}: sigma_rel {width:g}, error of its profile {error:.2%}")
         written.append(folder)
     return written

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from ddpm_pipe.training.log import read_metrics
+from ddpm_pipe.run.folder import Run
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: Run) -> Path:
     """Draw loss, loss by timestep, gradient norm, learning rate and speed into `<run>/report.png`.
 
     Raises:
@@ -13,7 +13,7 @@ def write_report(run: Path) -> Path:
     """
     from matplotlib.figure import Figure  # heavy, and needed once at the end
 
-    entries = read_metrics(run)
+    entries = run.read_metrics()
     if not entries:
         raise ValueError(f"{run} has no metrics to draw a report from.")
     figure = Figure(figsize=(14, 8), layout="constrained")
@@ -36,6 +36,5 @@ def write_report(run: Path) -> Path:
     draw(axes[1, 0], ["gradient_norm"], "gradient norm", log=True)
     draw(axes[1, 1], ["learning_rate"], "learning rate")
     draw(axes[1, 2], ["images_per_second"], "images per second")
-    path = run / "report.png"
-    figure.savefig(path, dpi=100)
-    return path
+    figure.savefig(run.report, dpi=100)
+    return run.report

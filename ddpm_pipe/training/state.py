@@ -9,11 +9,14 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from torch import Tensor
 
+from ddpm_pipe.checks import check_choice
 from ddpm_pipe.pipeline import null_class
 from ddpm_pipe.run.checkpoint import Checkpoints
 from ddpm_pipe.run.files import CheckpointError, replace_folder, save_tensors, shapes, write_manifest
+from ddpm_pipe.run.folder import Run
+from ddpm_pipe.training.config import TrainConfig
 from ddpm_pipe.training.ema import EMA, power_decay, warmup_decay
-from ddpm_pipe.training.recipe import TrainConfig, lr_at
+from ddpm_pipe.training.recipe import lr_at
 from ddpm_pipe.training.timestep_sampling import TIMESTEP_SAMPLERS
 
 
@@ -37,8 +40,9 @@ class TrainState:
         unet.to(accelerator.device)
         self.average = EMA(unet, lambda step: warmup_decay(step, config.ema_decay, config.ema_power))
         self.profiles = {f"{w:g}": EMA(unet, partial(power_decay, sigma_rel=w)) for w in config.ema_sigma_rel}
+        check_choice("timestep_sampling", config.timestep_sampling, TIMESTEP_SAMPLERS)
         self.timesteps = TIMESTEP_SAMPLERS[config.timestep_sampling](config.num_train_timesteps)
-        self.bad_steps, self.skipped, self.gradient_norm, self.rolled_back_to = 0, 0, 0.0, -1
+        self.bad_steps, self.skipped, self.gradient_norm = 0, 0, 0.0
         self.parameters = list(unet.parameters())
         optimizer = torch.optim.AdamW(
             self.parameters,
@@ -59,6 +63,9 @@ class TrainState:
         Args:
             step: optimizer steps done.
             seen: timesteps (n,) and losses (n,) of this process, one pair per accumulation step.
+
+        Raises:
+            ValueError: after `max_bad_steps` steps in a row without a finite gradient.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(step, self.config)
@@ -70,6 +77,7 @@ class TrainState:
         self.optimizer.zero_grad()
         if not finite:
             self.bad_steps, self.skipped = self.bad_steps + 1, self.skipped + 1
+            self._check_bad_steps()
             return
         self.bad_steps = 0
         for average in (self.average, *self.profiles.values()):
@@ -77,6 +85,14 @@ class TrainState:
         if self.config.timestep_sampling != "uniform":
             t, losses = self._whole_batch(seen)
             self.timesteps.update(t.long(), losses)
+
+    def _check_bad_steps(self) -> None:
+        """Stop where nothing was learned for too long; to go back would be the same computation again."""
+        if self.bad_steps >= self.config.max_bad_steps:
+            raise ValueError(
+                f"{self.bad_steps} steps in a row had no finite gradient; the last checkpoint is intact: resume it "
+                "with a lower learning_rate or more lr_warmup_steps."
+            )
 
     def _whole_batch(self, seen: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Timesteps and losses of the whole batch, (2, B), in its order whatever the number of processes."""
@@ -99,7 +115,7 @@ class TrainState:
                 f"the weights at step {step} are not finite and were not saved; earlier ones are intact."
             )
 
-    def save(self, run: Path, step: int) -> None:
+    def save(self, run: Run, step: int) -> None:
         """Write a checkpoint of `step` optimizer steps.
 
         Raises:
@@ -117,7 +133,7 @@ class TrainState:
         weights |= {f"ema-{name}": profile.module.state_dict() for name, profile in self.profiles.items()}
         Checkpoints(run, self.config.keep_last, self.config.keep_every).save(step, weights, state)
 
-    def snapshot(self, run: Path, step: int) -> None:
+    def snapshot(self, run: Run, step: int) -> None:
         """Write the power-function averages to `<run>/ema/step-*/<sigma_rel>.safetensors`, for `posthoc`.
 
         Raises:
@@ -129,9 +145,9 @@ class TrainState:
             save_tensors(folder, profiles)
             write_manifest(folder, step)
 
-        replace_folder(run / "ema" / f"step-{step:08d}", write)
+        replace_folder(run.snapshot(step), write)
 
-    def restore(self, run: Path) -> int:
+    def restore(self, run: Run) -> int:
         """Load the newest checkpoint and return its number of optimizer steps; 0 where there is none.
 
         Raises:
@@ -159,37 +175,22 @@ class TrainState:
         self.bad_steps, self.skipped = 0, state["skipped"]
         return step
 
-    def roll_back(self, run: Path) -> int:
-        """Back to the last checkpoint after too many bad steps in a row.
-
-        Raises:
-            ValueError: where there is none, or it has the weights that were gone back to the last time.
-        """
-        step = self.restore(run)
-        updates = step - self.skipped
-        found = f"{self.config.max_bad_steps} steps in a row had no finite gradient"
-        if not step or updates == self.rolled_back_to:
-            raise ValueError(
-                f"{found}, and nothing before them helps; try a lower learning_rate or more lr_warmup_steps."
-            )
-        self.rolled_back_to = updates
-        self.accelerator.print(f"{found}: back to the checkpoint of step {step}.")
-        return step
-
     def metrics(self) -> dict[str, float]:
         """What the log shows of the last step."""
         return {"gradient_norm": self.gradient_norm, "skipped_steps": self.skipped}
 
-    def describe(self) -> str:
-        """The part of the plan that concerns the network and the machine, and what was chosen for it."""
-        accelerator, config = self.accelerator, self.config
-        device = accelerator.device.type
+    def describe_network(self) -> str:
+        """The network, the machine, and what was chosen for it, in a line of the plan."""
+        device = self.accelerator.device.type
         device = f"{torch.get_num_threads()} CPU threads" if device == "cpu" else device
-        chosen = ["float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision]
-        chosen += ["channels-last"] * self.channels_last + ["compiled"] * config.compile + ["fused AdamW"]
+        precision = self.accelerator.mixed_precision
+        chosen = ["float32" if precision == "no" else precision]
+        chosen += ["channels-last"] * self.channels_last + ["compiled"] * self.config.compile + ["fused AdamW"]
         parameters = sum(p.numel() for p in self.average.module.parameters())
-        parts = f"{accelerator.num_processes} processes x {config.gradient_accumulation_steps} accumulation steps"
-        return (
-            f"{type(self.average.module).__name__} of {parameters:,} parameters on {device}: {', '.join(chosen)}\n"
-            f"{config.steps} steps of {config.batch_size} images ({parts})"
-        )
+        return f"{type(self.average.module).__name__} of {parameters:,} parameters on {device}: {', '.join(chosen)}"
+
+    def describe_batches(self) -> str:
+        """The steps and how their batches are cut, in a line of the plan."""
+        accumulation = self.config.gradient_accumulation_steps
+        parts = f"{self.accelerator.num_processes} processes x {accumulation} accumulation steps"
+        return f"{self.config.steps} steps of {self.config.batch_size} images ({parts})"

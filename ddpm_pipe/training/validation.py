@@ -16,39 +16,55 @@ from ddpm_pipe.pretrained import DDPMPipeline
 from ddpm_pipe.randomness import generator
 from ddpm_pipe.run.files import whole_file
 from ddpm_pipe.schedulers import DDIMScheduler
-from ddpm_pipe.training.log import Log, grid_files, mean_by_timestep, named_means, read_metrics
-from ddpm_pipe.training.recipe import TrainConfig
+from ddpm_pipe.training.config import TrainConfig
+from ddpm_pipe.training.log import Log, mean_by_timestep, named_means
 from ddpm_pipe.training.state import TrainState
 
 
-def show_health(
-    config: TrainConfig,
-    state: TrainState,
-    objective: Objective,
-    held_out: ImageData,
-    log: Log,
-    step: int,
-) -> None:
-    """Log the loss of the average on the images held out, and draw grids of the averaged and the raw network.
+class Validation:
+    """Every `sample_every` steps: the loss of the average on images held out, and grids of both networks.
 
-    What is there already is left as it is. Where memory or the disk do not suffice, that is told and the run goes on.
+    Args:
+        config: of the run.
+        objective: the loss.
+        held_out: the images that were kept out of training; may be none.
+        log: where the loss goes, and the run whose folder the grids are kept in.
     """
-    average, device = state.average.module, state.accelerator.device
-    measured = any(entry["step"] == step and "held_out_loss" in entry for entry in read_metrics(log.run))
-    try:
-        if len(held_out) and not measured:
-            log.record(step, held_out_loss(config, average, objective, held_out, device))
-        files = grid_files(log.run, step)
-        if not all(file.exists() for file in files.values()):
-            grids = draw_grids(config, state, objective)
-            for name, file in files.items():
-                file.parent.mkdir(exist_ok=True)
-                with whole_file(file) as new:
-                    grids[name].save(new, "png")
-            log.show(step, grids)
-    except (ValueError, RuntimeError, MemoryError, OSError) as error:  # of torch, for no memory, a RuntimeError
-        reason = str(error).partition("\n")[0]
-        print(f"the samples of step {step} could not be drawn ({reason}); the run goes on without them.")
+
+    def __init__(self, config: TrainConfig, objective: Objective, held_out: ImageData, log: Log):
+        self.config, self.objective, self.held_out, self.log = config, objective, held_out, log
+
+    def show(self, state: TrainState, step: int) -> None:
+        """Log and draw what is due after `step` optimizer steps and not there yet.
+
+        Where memory or the disk do not suffice, that is told and the run goes on.
+        """
+        if not self.config.is_due(step, self.config.sample_every):
+            return
+        try:
+            self._measure(state, step)
+            self._draw(state, step)
+        except (ValueError, RuntimeError, MemoryError, OSError) as error:  # of torch, for no memory, a RuntimeError
+            reason = str(error).partition("\n")[0]
+            print(f"the samples of step {step} could not be drawn ({reason}); the run goes on without them.")
+
+    def _measure(self, state: TrainState, step: int) -> None:
+        entries = self.log.run.read_metrics()
+        if not len(self.held_out) or any(entry["step"] == step and "held_out_loss" in entry for entry in entries):
+            return
+        average, device = state.average.module, state.accelerator.device
+        self.log.record(step, held_out_loss(self.config, average, self.objective, self.held_out, device))
+
+    def _draw(self, state: TrainState, step: int) -> None:
+        files = self.log.run.grids(step)
+        if all(file.exists() for file in files.values()):
+            return
+        grids = draw_grids(self.config, state, self.objective)
+        for name, file in files.items():
+            file.parent.mkdir(exist_ok=True)
+            with whole_file(file) as new:
+                grids[name].save(new, "png")
+        self.log.show(step, grids)
 
 
 def draw_grids(config: TrainConfig, state: TrainState, objective: Objective) -> dict[str, Image.Image]:

@@ -1,0 +1,5 @@
+"""`python -m ddpm_pipe` and `accelerate launch -m ddpm_pipe`: the same as `ddpm-pipe`."""
+
+from ddpm_pipe.cli import main
+
+main()

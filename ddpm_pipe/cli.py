@@ -1,0 +1,123 @@
+"""The commands: `ddpm-pipe train | generate | evaluate | average | push | convert`, each a config and a function of it.
+
+What needs torch is imported when a command runs: `--help` answers at once.
+"""
+
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ddpm_pipe.config import FILE_SUFFIXES, parse
+
+
+class Command(NamedTuple):
+    """Where a command lies, as `module:name`."""
+
+    config: str
+    function: str
+    help: str
+
+
+COMMANDS = {
+    "train": Command("training.config:TrainConfig", "training.loop:train", "train a model on images"),
+    "generate": Command("sampling.config:GenerateConfig", "sampling.generate:generate", "draw images into a folder"),
+    "evaluate": Command(
+        "evaluation.config:EvaluateConfig", "evaluation.evaluate:evaluate", "measure how good a model is"
+    ),
+    "average": Command("training.config:AverageConfig", "training.posthoc:average", "rebuild averages of any length"),
+    "push": Command("sharing.config:PushConfig", "sharing.push:push", "share a run on the Hub"),
+    "convert": Command(
+        "sharing.convert.config:ConvertConfig",
+        "sharing.convert.command:convert",
+        "convert a checkpoint of another project",
+    ),
+}
+PRESETS = Path(str(files("ddpm_pipe"))) / "presets"
+
+
+def usage() -> str:
+    """What `ddpm-pipe --help` prints."""
+    lines = [f"  {name:10}{command.help}" for name, command in COMMANDS.items()]
+    presets = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
+    return "\n".join(
+        [
+            "usage: ddpm-pipe COMMAND [preset or config.yaml] [--key value ...]",
+            "",
+            *lines,
+            "",
+            f"ddpm-pipe COMMAND --help lists the keys. Presets of train: {presets}.",
+            "Several GPUs or processes: accelerate launch -m ddpm_pipe COMMAND ...",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None, **defaults: Any) -> None:
+    """Run a command; what the package refuses ends in one sentence and the exit code 2.
+
+    Args:
+        argv: the command line without the program; None takes that of this process.
+        defaults: values of the config that replace its class' own defaults.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return
+    name, *rest = argv
+    try:
+        run(name, rest, defaults)
+    except (ValueError, OSError) as error:
+        if not is_refusal(error):
+            raise
+        what = f"a file could not be read or written ({error})" if isinstance(error, OSError) else error
+        print(f"ddpm-pipe {name}: {what}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(name: str, argv: list[str], defaults: dict[str, Any]) -> None:
+    """Parse the config of a command and call its function.
+
+    Raises:
+        ValueError: for an unknown command, or a config that cannot be.
+    """
+    if name not in COMMANDS:
+        raise ValueError(f"there is no such command; use one of {', '.join(COMMANDS)}.")
+    command = COMMANDS[name]
+    if argv and not argv[0].startswith("-") and not argv[0].endswith(FILE_SUFFIXES):
+        argv = [str(preset(argv[0])), *argv[1:]]
+    config = parse(load(command.config), argv, prog=f"ddpm-pipe {name}", **defaults)
+    load("launch:use_all_cores")()
+    load(command.function)(config)
+
+
+def preset(name: str) -> Path:
+    """The file of a preset.
+
+    Raises:
+        ValueError: where there is none of this name.
+    """
+    path = PRESETS / f"{name}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
+        raise ValueError(
+            f"{name!r} is neither a config file (.yaml, .yml, .json) nor a preset, of which there are {known}."
+        )
+    return path
+
+
+def load(place: str) -> Any:
+    """What `module:name` stands for."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(f"ddpm_pipe.{module}"), name)
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether this package raised an error itself; that of a library is a bug, and keeps its traceback.
+
+    What the system says of files and networks is no bug.
+    """
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, OSError) or frame.f_globals.get("__name__", "").split(".")[0] == "ddpm_pipe"

@@ -1,0 +1,162 @@
+"""The folder of a run: where each thing of it lies, who may write into it, and how it is deleted."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ddpm_pipe.config import read_config_file
+from ddpm_pipe.run.files import replace_folder
+
+EVALUATION = "evaluation.json"
+"""What was measured of a pipeline, in its own folder: with its weights it is replaced."""
+TRAINING = "training.json"
+"""Says in the folder of a run's pipeline after how many optimizer steps it was written."""
+
+
+class Run:
+    """One run folder. No other module spells the name of a file in it.
+
+    Args:
+        folder: the folder, which need not exist yet.
+
+    Attributes:
+        config: every choice of the run; where it exists there is a run.
+        plan: what is printed before the first step, for the model card.
+        metrics: the log, one JSON object a line.
+        report: curves of the log.
+        pipeline: the averaged network as a pipeline.
+        checkpoints, snapshots, samples: folders of checkpoints, of power-function averages and of sample grids.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.config = self.folder / "config.yaml"
+        self.plan = self.folder / "plan.json"
+        self.metrics = self.folder / "metrics.jsonl"
+        self.report = self.folder / "report.png"
+        self.pipeline = self.folder / "pipeline"
+        self.checkpoints = self.folder / "checkpoints"
+        self.snapshots = self.folder / "ema"
+        self.samples = self.folder / "samples"
+        self._lock = self.folder / "run.lock"
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    # ------------------------------------------------------------ places
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:08d}"
+
+    def snapshot(self, step: int) -> Path:
+        return self.snapshots / f"step-{step:08d}"
+
+    def grids(self, step: int) -> dict[str, Path]:
+        """Where the sample grids of the averaged and of the raw network are kept."""
+        return {name: self.samples / f"step-{step:08d}{end}.png" for name, end in (("average", ""), ("raw", "-raw"))}
+
+    def average(self, sigma_rel: float) -> Path:
+        """Where the pipeline of a power-function average of this width is written."""
+        return self.folder / f"ema-{sigma_rel:g}"
+
+    @staticmethod
+    def steps(folder: Path) -> list[int]:
+        """The steps of what lies in a folder of checkpoints, snapshots or grids, increasing."""
+        found = (re.match(r"step-(\d+)", path.name) for path in folder.glob("step-*"))
+        return sorted({int(match[1]) for match in found if match})
+
+    # ------------------------------------------------------------ what it holds
+
+    def exists(self) -> bool:
+        """Whether the folder holds the config of a run, not that of something else."""
+        try:
+            return {"data", "output_dir"} <= read_config_file(self.config).keys()
+        except ValueError:
+            return False
+
+    def read_config(self) -> dict[str, Any]:
+        """The config of the run; raises ValueError where it cannot be read."""
+        return read_config_file(self.config)
+
+    def read_plan(self) -> dict[str, Any]:
+        """The plan of the run; raises ValueError where it cannot be read."""
+        return read_config_file(self.plan)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The entries of the log, oldest first; a last line that was cut short is left out."""
+        entries = []
+        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
+            try:
+                entries.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return entries
+
+    # ------------------------------------------------------------ writing
+
+    def save_pipeline(self, folder: Path, pipeline: Any, step: int) -> None:
+        """Put a pipeline in the place of `folder`, with the number of steps that its weights were trained for.
+
+        Raises:
+            CheckpointError: as `replace_folder`.
+        """
+
+        def write(new: Path) -> None:
+            pipeline.save_pretrained(new)
+            (new / TRAINING).write_text(json.dumps({"step": step}) + "\n")
+
+        replace_folder(folder, write)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder and keep other processes from training in it; the system frees the lock of a killed one.
+
+        Raises:
+            ValueError: where another process trains in it, or it cannot be written.
+        """
+        lock = FileLock(self._lock, timeout=0)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout as error:
+            raise ValueError(f"output_dir={str(self)!r} is being trained in by another process.") from error
+        except OSError as error:
+            raise ValueError(f"output_dir={str(self)!r} cannot be written: {error.strerror}.") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def check_clearable(self) -> None:
+        """Raise ValueError where the folder holds something, but not a run."""
+        found = sorted(path.name for path in self._contents())
+        if found and not self.exists():
+            raise ValueError(
+                f"output_dir={str(self)!r} holds {', '.join(found[:5])} but not the {self.config.name} of a run, so "
+                "--overwrite deletes nothing there; choose another folder."
+            )
+
+    def clear(self) -> None:
+        """Delete everything in the folder, the config last: a kill in between leaves what is still a run.
+
+        Raises:
+            ValueError: where the folder holds something else than a run, or something cannot be deleted.
+        """
+        self.check_clearable()
+        try:
+            for path in sorted(self._contents(), key=lambda path: path == self.config):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+        except OSError as error:
+            raise ValueError(f"output_dir={str(self)!r} cannot be cleared: {error}.") from error
+
+    def _contents(self) -> list[Path]:
+        return [path for path in self.folder.glob("*") if path != self._lock] if self.folder.is_dir() else []

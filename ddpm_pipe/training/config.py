@@ -1,0 +1,214 @@
+"""Every choice of a training run. The defaults are a small recipe for small images; the presets are others."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ddpm_pipe.config import (
+    Config,
+    Float,
+    JsonDict,
+    Listed,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Place,
+    PositiveFloat,
+    PositiveInt,
+    Share,
+    Size,
+)
+
+Width = Annotated[Float, Field(gt=0, le=12**-0.5)]
+"""sigma_rel of a power-function average; 1 / sqrt(12) is the flat one, of all steps alike."""
+
+
+class DataConfig(Config):
+    """Images to train on"""
+
+    data: Place
+    """a folder of images, a parquet or arrow file, or the id of a dataset on the Hub"""
+    split: str = "train"
+    """split of the data to train on"""
+    image_column: str | None = None
+    """column of the images; detected where only one column holds images"""
+    label_column: str | None = None
+    """column of the classes; detected where only one column holds labels"""
+    resolution: Size | None = None
+    """size, or height and width, to which images are resized and cropped"""
+    channels: PositiveInt | None = None
+    """1 (grey), 3 (RGB) or 4 (RGBA)"""
+    flip: bool = False
+    """mirror images at random"""
+    class_conditional: bool = False
+    """train on the labels too"""
+    class_dropout: Share = 0.1
+    """probability of hiding a label, for classifier-free guidance"""
+    streaming: bool = False
+    """read the data as they are needed instead of decoding them first"""
+    holdout: NonNegativeInt = 0
+    """images kept out of training, on which the loss is measured"""
+
+
+class ModelConfig(Config):
+    """Network and noise"""
+
+    unet: JsonDict = {}
+    """the network: _class_name (DDPMUNet2DModel or UNet2DModel) and its config keys, as JSON"""
+    num_train_timesteps: PositiveInt = 1000
+    """T, the length of the chain"""
+    beta_schedule: str = "linear"
+    """linear, linear_rescaled, scaled_linear, squaredcos_cap_v2 (or cosine), sigmoid, sigmoid_alpha_bar or laplace"""
+    beta_start: Float = 1e-4
+    """first beta, for the schedules that have a range"""
+    beta_end: Float = 0.02
+    """last beta, for the schedules that have a range"""
+    rescale_betas_zero_snr: bool = False
+    """rescale betas to zero terminal SNR"""
+    prediction_type: str = "epsilon"
+    """what the network predicts: epsilon, sample or v_prediction"""
+    variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = "fixed_small"
+    """variance of the sampler; learned_range trains it with the hybrid loss"""
+
+
+class LossConfig(Config):
+    """Loss"""
+
+    loss: str = "l2"
+    """how an error is measured: l1, l2 or huber"""
+    loss_weight: str = "none"
+    """how noise levels are weighted: none, p2 or min_snr"""
+    loss_gamma: PositiveFloat | None = None
+    """exponent of p2 or ceiling of min_snr; that of the paper, 1 or 5, if not given"""
+    loss_k: PositiveFloat | None = None
+    """k of p2; 1 if not given"""
+    vlb_weight: NonNegativeFloat = 1e-3
+    """weight of the variational bound with learned variance"""
+    offset_noise: NonNegativeFloat = 0.0
+    """standard deviation of noise that is the same for all pixels of a channel"""
+    timestep_sampling: str = "uniform"
+    """how timesteps are drawn: uniform or loss_second_moment"""
+
+
+class OptimConfig(Config):
+    """Optimisation"""
+
+    steps: PositiveInt = 100_000
+    """optimizer steps"""
+    batch_size: PositiveInt = 64
+    """images per optimizer step, over all processes and accumulation steps"""
+    gradient_accumulation_steps: PositiveInt = 1
+    """parts into which each process cuts its share of the batch"""
+    learning_rate: PositiveFloat = 2e-4
+    """peak learning rate"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """learning rate after the warm-up; linear and cosine end at 0"""
+    lr_warmup_steps: NonNegativeInt = 0
+    """optimizer steps over which the learning rate grows to its peak"""
+    adam_beta1: Share = 0.9
+    """AdamW: decay of the first moment"""
+    adam_beta2: Share = 0.999
+    """AdamW: decay of the second moment"""
+    adam_eps: PositiveFloat = 1e-8
+    """AdamW: epsilon"""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW: weight decay"""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """norm to which larger gradients are scaled down; 0 leaves them as they are"""
+    max_bad_steps: PositiveInt = 20
+    """steps in a row without a finite gradient after which the run stops"""
+    ema_decay: Share = 0.9999
+    """longest decay of the averaged weights"""
+    ema_power: PositiveFloat = 2 / 3
+    """how fast the decay grows to it: 1 - (1 + step)^-power"""
+    ema_sigma_rel: Listed[Width] = []
+    """widths of power-function averages, two at least, whose snapshots `ddpm-pipe average` mixes into any other"""
+    ema_snapshot_every: PositiveInt | None = None
+    """optimizer steps between these snapshots; as save_every if not given"""
+    seed: NonNegativeInt = 0
+    """seed of the whole run"""
+
+
+class MachineConfig(Config):
+    """Machine"""
+
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """precision of the network; auto is what the launcher was told, or bf16 where the device computes it"""
+    channels_last: bool | None = None
+    """keep images channels-last in memory; chosen on CUDA if not given"""
+    gradient_checkpointing: bool = False
+    """save memory by computing activations twice"""
+    compile: bool = False
+    """compile the network with torch.compile"""
+
+
+class OutputConfig(Config):
+    """What is written"""
+
+    output_dir: Place = "runs/default"
+    """run folder: checkpoints, samples, logs and the finished pipeline"""
+    save_every: PositiveInt = 5_000
+    """optimizer steps between checkpoints"""
+    keep_last: PositiveInt = 2
+    """newest checkpoints to keep"""
+    keep_every: NonNegativeInt = 0
+    """keep also checkpoints at multiples of this step; 0 for none"""
+    sample_every: NonNegativeInt = 5_000
+    """optimizer steps between sample grids; 0 for none"""
+    num_samples: PositiveInt = 64
+    """images in a grid"""
+    sample_steps: PositiveInt = 50
+    """DDIM steps of a grid"""
+    guidance_scale: Float = 1.0
+    """classifier-free guidance of a grid"""
+    log_every: PositiveInt = 20
+    """optimizer steps between log entries"""
+    tracker: Literal["auto", "none", "tensorboard", "wandb"] = "auto"
+    """where the log goes besides the run folder; auto is tensorboard where it is installed"""
+    push_to: str | None = None
+    """repository on the Hub, org/name, to push to every push_every steps"""
+    push_every: NonNegativeInt = 0
+    """optimizer steps between pushes, a multiple of save_every; 0 for none"""
+    push_public: bool = False
+    """let everyone see what is pushed; it is private otherwise"""
+    resume: bool = False
+    """resume from the newest checkpoint of output_dir"""
+    overwrite: bool = False
+    """delete the run that output_dir holds"""
+
+
+class TrainConfig(DataConfig, ModelConfig, LossConfig, OptimConfig, MachineConfig, OutputConfig):
+    """Every choice of a run"""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.sample_steps > self.num_train_timesteps:
+            raise ValueError(
+                f"sample_steps={self.sample_steps} is more than num_train_timesteps={self.num_train_timesteps}."
+            )
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise ValueError(
+                "rescale_betas_zero_snr needs prediction_type sample or v_prediction: noise alone shows no image."
+            )
+        if self.push_every % self.save_every or (self.push_every > 0) != (self.push_to is not None):
+            raise ValueError(
+                f"push_every={self.push_every} must be a multiple of save_every={self.save_every}, and goes with "
+                "push_to, the repository on the Hub."
+            )
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite contradict each other; choose one.")
+        return self
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether what is done every so many steps, and at the end, is due after `step` of them; 0 is never."""
+        return every > 0 and (step % every == 0 or step == self.steps)
+
+
+class AverageConfig(Config):
+    """Averages to rebuild"""
+
+    run: Place
+    """the run folder"""
+    sigma_rel: Annotated[Listed[Width], Field(min_length=1)]
+    """widths of the averages relative to the run, with commas between: 0.05,0.10"""
+    step: PositiveInt | None = None
+    """step at which they end; the last snapshot if not given"""

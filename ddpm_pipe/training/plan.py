@@ -1,0 +1,73 @@
+"""What is said and written before the first step: the plan, the config, and what differs from the run before."""
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddpm_pipe.data.memory import ImageData
+from ddpm_pipe.data.stream import ImageStream
+from ddpm_pipe.run.files import replace_text
+from ddpm_pipe.run.folder import Run
+from ddpm_pipe.training.config import TrainConfig
+from ddpm_pipe.training.state import TrainState
+
+
+def check_folder(config: TrainConfig, run: Run) -> None:
+    """Refuse a run folder whose contents the config would mix with or delete.
+
+    Raises:
+        ValueError: where it holds a run and neither `resume` nor `overwrite` is set, or `overwrite` would delete what
+            is not a run, or the images to train on.
+    """
+    if run.config.exists() and not (config.resume or config.overwrite):
+        raise ValueError(f"output_dir={config.output_dir!r} holds a run; pass --resume, --overwrite or another folder.")
+    if config.overwrite:
+        run.check_clearable()
+        if run.folder.resolve() in Path(config.data).resolve().parents:
+            raise ValueError(
+                f"data={config.data!r} lies in output_dir={config.output_dir!r}, which --overwrite deletes."
+            )
+
+
+def print_changes(config: TrainConfig, run: Run) -> None:
+    """Say which choices differ from those the run was started with; from here on it is another run."""
+    before = run.read_config() if run.config.exists() else {}
+    for name, value in before.items():
+        now = getattr(config, name, value)
+        if now != value and name not in ("resume", "overwrite"):
+            print(f"resumed with {name}={now!r}, was {value!r}")
+
+
+def announce(config: TrainConfig, data: ImageData | ImageStream, state: TrainState, run: Run) -> None:
+    """Print the plan, and write it and the config into the run folder, now that nothing more speaks against them."""
+    plan = make_plan(config, data, state)
+    state.accelerator.print("\n".join([plan["data"], *data.notes(), plan["network"], plan["batches"]]))
+    if state.accelerator.is_main_process:
+        if config.overwrite:
+            run.clear()
+        replace_text(run.config, config.replace(resume=False, overwrite=False).to_yaml())
+        replace_text(run.plan, json.dumps(plan, indent=2) + "\n")
+
+
+def make_plan(config: TrainConfig, data: ImageData | ImageStream, state: TrainState) -> dict[str, Any]:
+    """The plan of a run, as the model card shows it."""
+    return {
+        "data": data.summary(),
+        "class_names": list(data.class_names) if config.class_conditional else [],
+        "network": state.describe_network(),
+        "batches": state.describe_batches(),
+        "device": describe_device(state.accelerator.device),
+        "versions": {name: version(name) for name in ("ddpm_pipe", "torch", "diffusers")},
+    }
+
+
+def describe_device(device: torch.device) -> str:
+    """The name of a GPU, or the number and kind of CPU cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} {platform.machine()} CPU cores"
