@@ -152,13 +152,14 @@ def evaluate_features(
         network: what computed the features, for the protocols.
 
     Returns:
-        type, name, value and protocol of each.
+        type, name, value and protocol of each; the value of one that these numbers do not have is nan or infinite.
 
     Raises:
-        ValueError: where there are too few images, features of different sizes, or numbers or metrics that are not
-            finite.
+        ValueError: where there are too few images, features of different sizes, or features that are not finite.
     """
-    _check(generated, reference, logits)
+    check_features("generated", generated)
+    check_features("reference", reference)
+    _check_alike(generated, reference, logits)
     kid, kid_error = kernel_distance(generated, reference)
     precision, recall = precision_recall(generated, reference)
     nearest = "3 nearest neighbours"
@@ -171,9 +172,6 @@ def evaluate_features(
     if logits is not None:
         score, score_std = inception_score(logits)
         results.insert(2, ("inception_score", "IS", score, f"standard deviation {score_std:.2g} of {SPLITS} parts"))
-    for _, name, value, _ in results:
-        if not math.isfinite(value):
-            raise ValueError(f"{name} is {value}: the features of {network} are too large or too much alike for it.")
     count = "" if len(generated) >= FULL_COUNT else f"-{len(generated)}"
     images = f"{len(generated)} generated and {len(reference)} reference images"
     return [
@@ -187,15 +185,21 @@ def evaluate_features(
     ]
 
 
-def _check(generated: Tensor, reference: Tensor, logits: Tensor | None) -> None:
-    given = {"generated": generated, "reference": reference} | ({} if logits is None else {"logits": logits})
-    for name, numbers in given.items():
-        if numbers.ndim != 2 or len(numbers) < MIN_COUNT:
-            raise ValueError(
-                f"{name} of shape {tuple(numbers.shape)} must be one line for each of at least {MIN_COUNT} images."
-            )
-        if not numbers.isfinite().all():
-            raise ValueError(f"{name} must be finite, and {int((~numbers.isfinite()).any(1).sum())} images are not.")
+def check_features(name: str, features: Tensor) -> None:
+    """Check that features can be measured; `name` is what they are of.
+
+    Raises:
+        ValueError: where they are not (n, D) of enough images, or not finite.
+    """
+    if features.ndim != 2 or len(features) < MIN_COUNT:
+        raise ValueError(
+            f"{name} of shape {tuple(features.shape)} must be one line for each of at least {MIN_COUNT} images."
+        )
+    if not features.isfinite().all():
+        raise ValueError(f"{name} must be finite, and {int((~features.isfinite()).any(1).sum())} images are not.")
+
+
+def _check_alike(generated: Tensor, reference: Tensor, logits: Tensor | None) -> None:
     if generated.shape[1] != reference.shape[1]:
         sizes = f"{generated.shape[1]} and {reference.shape[1]}"
         raise ValueError(f"generated and reference must be features of one size, not of {sizes}.")
