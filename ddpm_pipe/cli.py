@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None, **defaults: Any) -> None:
     except (ValueError, OSError) as error:
         if not is_refusal(error):
             raise
-        what = f"a file could not be read or written ({error})" if isinstance(error, OSError) else error
+        told = " ".join(str(error).split())
+        what = f"a file could not be read or written ({told})" if isinstance(error, OSError) else told
         print(f"ddpm-pipe {name}: {what}", file=sys.stderr)
         sys.exit(2)
 

@@ -96,7 +96,7 @@ class Config(BaseModel):
         if error["type"] == "missing":
             return f"{name} must be given: {cls.model_fields[name].description}."
         if error["type"] == "extra_forbidden":
-            return f"{name} is unknown; known are {', '.join(cls.model_fields)}."
+            return f"{name} is unknown; known are {', '.join(cls.keys())}."
         return f"{name}={value!r:.100} must {error['msg'].removeprefix('Input should ')}."
 
     @classmethod
@@ -106,6 +106,11 @@ class Config(BaseModel):
         names = {each: [name for name in each.__annotations__ if name in cls.model_fields] for each in classes}
         return {(each.__doc__ or "").partition("\n")[0]: fields for each, fields in names.items() if fields}
 
+    @classmethod
+    def keys(cls) -> list[str]:
+        """The names of all fields, section after section."""
+        return [name for names in cls.sections().values() for name in names]
+
     def replace(self, **changes: Any) -> Self:
         """The same config with other values, which are checked."""
         return type(self)(**dict(self) | changes)
@@ -113,8 +118,7 @@ class Config(BaseModel):
     def to_yaml(self) -> str:
         """The text of a config file, section after section."""
         values = self.model_dump(mode="json")
-        ordered = {name: values[name] for names in self.sections().values() for name in names}
-        return yaml.safe_dump(ordered, sort_keys=False)
+        return yaml.safe_dump({name: values[name] for name in self.keys()}, sort_keys=False)
 
 
 C = TypeVar("C", bound=Config)
@@ -195,7 +199,7 @@ def parse(config_class: type[C], argv: Sequence[str], prog: str | None = None, *
     Raises:
         ValueError: for unknown keys of the file or flags, naming the accepted ones, and for values that cannot be.
     """
-    argv, known, values = list(argv), config_class.model_fields, dict(defaults)
+    argv, known, values = list(argv), config_class.keys(), dict(defaults)
     if argv and argv[0].endswith(FILE_SUFFIXES):
         path = Path(argv.pop(0))
         values |= read_config_file(path)

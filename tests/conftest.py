@@ -1,4 +1,6 @@
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -13,6 +15,17 @@ from ddpm_pipe.data.sources import open_dataset
 # One worker per core: more threads would only wait for each other, here and in the processes that tests start.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@contextmanager
+def one_sentence(*parts: str) -> Iterator[None]:
+    """What is done here is refused with a ValueError of one line that ends with a full stop and holds these parts."""
+    with pytest.raises(ValueError) as error:
+        yield
+    told = str(error.value)
+    assert told.endswith(".") and "\n" not in told, told
+    for part in parts:
+        assert part in told, told
 
 
 @pytest.fixture(scope="session")

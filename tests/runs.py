@@ -38,6 +38,7 @@ def make_recipe(folder: Path, unet=NETWORK, **options) -> TrainConfig:
         "num_samples": 10,
         "sample_steps": 2,
         "tracker": "none",
+        "ema_sigma_rel": [0.05, 0.1],
     }
     return TrainConfig(output_dir=str(folder), unet=unet, **(defaults | options))
 

@@ -17,8 +17,9 @@ from ddpm_pipe import DDPMPipeline
 from ddpm_pipe.data.memory import ImageData
 from ddpm_pipe.objective import Objective
 from ddpm_pipe.run.folder import Run
+from ddpm_pipe.training.launcher import make_accelerator
 from ddpm_pipe.training.log import TIMESTEP_BINS, Log, mean_by_timestep, named_means
-from ddpm_pipe.training.loop import load_training_images, make_accelerator, train
+from ddpm_pipe.training.loop import load_training_images, train
 from ddpm_pipe.training.recipe import make_scheduler, make_unet
 from ddpm_pipe.training.report import write_report
 from ddpm_pipe.training.validation import held_out_loss, sample_grid
@@ -61,7 +62,7 @@ def log(recipe, tmp_path):
     """A log of a run of 10 steps of 8 images and 20 timesteps, every 4 steps."""
     (tmp_path / "run").mkdir()
     config = recipe(steps=10, log_every=4)
-    log = Log(config, Accelerator(cpu=True), Path(config.output_dir), 0)
+    log = Log(config, Accelerator(cpu=True), Run(config.output_dir), 0)
     yield log
     log.bar.close()
 
@@ -105,7 +106,7 @@ def test_rewinding_forgets_losses_that_are_not_yet_written(log):
 
 def test_a_last_line_cut_short_is_left_out(log):
     write_steps(log, range(1, 11))
-    file = log.run / METRICS
+    file = log.run.metrics
     file.write_text(file.read_text()[:-20])
     assert [entry["step"] for entry in log.run.read_metrics()] == [4, 8]
     log.rewind(10)
@@ -141,7 +142,7 @@ def test_a_resumed_run_has_every_entry_once_and_in_order(recipe, monkeypatch):
 def shown(run: Path) -> dict[str, str | bytes]:
     """Metrics without the speed, and grids, of a run."""
     entries = [{k: v for k, v in entry.items() if k != "images_per_second"} for entry in Run(run).read_metrics()]
-    return {METRICS: json.dumps(entries)} | {path.name: path.read_bytes() for path in (run / "samples").iterdir()}
+    return {"metrics": json.dumps(entries)} | {path.name: path.read_bytes() for path in (run / "samples").iterdir()}
 
 
 @pytest.mark.parametrize("left_out", ["everything", "the grids", "the raw grid"])
@@ -153,9 +154,9 @@ def test_what_a_kill_after_a_checkpoint_left_out_is_shown_when_the_run_is_resume
         if left_out != "the raw grid" or "raw" in path.name:
             path.unlink()
     if left_out == "everything":
-        *kept, last = (run / METRICS).read_text().splitlines(keepends=True)
+        *kept, last = Run(run).metrics.read_text().splitlines(keepends=True)
         assert "held_out_loss" in last
-        (run / METRICS).write_text("".join(kept))
+        Run(run).metrics.write_text("".join(kept))
     assert shown(run) != before
     train(config.replace(resume=True))
     assert shown(run) == before
@@ -207,8 +208,8 @@ def metrics() -> list[dict]:
 
 
 def draw(run: Path, entries: list[dict]) -> Image.Image:
-    (run / METRICS).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    with Image.open(write_report(run)) as picture:
+    Run(run).metrics.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    with Image.open(write_report(Run(run))) as picture:
         return picture.convert("HSV")
 
 
@@ -242,7 +243,7 @@ def test_a_report_can_be_drawn_of_a_run_with_skipped_steps(tmp_path, metrics):
 
 def test_a_report_without_metrics_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"has no metrics to draw a report from\.$"):
-        write_report(tmp_path)
+        write_report(Run(tmp_path))
 
 
 # ---------------------------------------------------------------- grids and images held out

@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import logging
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -17,7 +15,6 @@ import numpy as np
 import PIL
 import psutil
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ddpm_pipe.data.images import (
@@ -46,10 +43,9 @@ from ddpm_pipe.data.sources import (
     reason,
 )
 from ddpm_pipe.randomness import generator
-from ddpm_pipe.run.files import replace_text, whole_file
+from ddpm_pipe.run.files import locked, replace_text, whole_file
 
 T = TypeVar("T")
-logger = logging.getLogger(__name__)
 
 
 # ---------------------------------------------------------------- the images
@@ -281,7 +277,7 @@ def _memory_mapped(shape: tuple[int, ...], cells: Cells, target: Target) -> tupl
     notes = path.with_suffix(".json")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):
+        with locked(path.with_suffix(".lock"), "another run decodes the same images"):
             if not _is_whole(path, shape) or not notes.exists():
                 with whole_file(path) as new:
                     images = _reserve(new, shape)
@@ -310,21 +306,6 @@ def _content(cell: Cell) -> bytes:
             return repr(path).encode()
         return repr((path, stat.st_size, stat.st_mtime_ns)).encode()
     return hashlib.sha256(cell["bytes"]).digest()
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock, waiting for the run that has it."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.warning("another run decodes the same images; this one waits for it.")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:

@@ -6,7 +6,10 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, model_validator
 
 from ddpm_pipe.config import NonNegativeInt, Place, PositiveInt
-from ddpm_pipe.sampling.config import SampleConfig
+from ddpm_pipe.sampling.config import SampleConfig, parse_seeds
+
+MIN_COUNT = 20
+"""Generated images below which nothing is measured: the Inception score has 10 parts of at least two images."""
 
 SWEPT: dict[str, type] = {"steps": int, "eta": float, "guidance_scale": float} | dict.fromkeys(
     ("model", "revision", "dtype", "scheduler", "class_labels"), str
@@ -26,9 +29,9 @@ class EvaluateConfig(SampleConfig):
     output_dir: Place | None = None
     """folder of evaluation.json and pictures; the pipeline folder that is measured if not given"""
     num_images: NonNegativeInt = 50_000
-    """generated images; 0 for none"""
-    first_seed: NonNegativeInt = 0
-    """seed of the first of them; with another, the same model gives another sample of its FID"""
+    """generated images, of the seeds from 0; 0 for none"""
+    seeds: str | None = None
+    """seeds of the generated images instead, as 50000-99999: other seeds give another sample of the FID"""
     features: str = "inception"
     """inception, or a file of TorchScript or an exported program: a program that is run here, so one that you trust"""
     bits_images: NonNegativeInt = 0
@@ -44,16 +47,26 @@ class EvaluateConfig(SampleConfig):
     def _check(self) -> Self:
         if self.bits_images == 1:
             raise ValueError("bits_images=1 has no standard error; it must be 0, or at least 2.")
-        if self.neighbours > self.num_images:
-            raise ValueError(f"neighbours={self.neighbours} must be at most num_images={self.num_images}.")
-        for point in self.points():
-            self.model_copy(update={"sweep": []}).replace(**point)
+        count = len(self.sample_seeds)
+        if 0 < count < MIN_COUNT:
+            raise ValueError(f"num_images={count} must be 0, or at least {MIN_COUNT}.")
+        if not (count or self.bits_images):
+            raise ValueError("num_images and bits_images are both 0, so there is nothing to measure.")
+        if self.neighbours > count:
+            raise ValueError(f"neighbours={self.neighbours} must be at most num_images={count}.")
+        for point in self.points() if self.sweep else ():
+            self.replace(sweep=[], **point)
         return self
 
     @property
-    def seeds(self) -> range:
+    def sample_seeds(self) -> list[int]:
         """The seeds of the generated images."""
-        return range(self.first_seed, self.first_seed + self.num_images)
+        return list(range(self.num_images)) if self.seeds is None else parse_seeds(self.seeds)
+
+    @property
+    def described_seeds(self) -> str:
+        """The seeds, as a protocol names them."""
+        return f"0-{self.num_images - 1}" if self.seeds is None else self.seeds
 
     def points(self) -> list[dict[str, Any]]:
         """The settings of the sweep, one dict of changed options for each; a single empty one without a sweep.
