@@ -12,7 +12,7 @@ import yaml
 from ddpm_pipe.config import Config, JsonDict, parse_config, save_config
 from ddpm_pipe.evaluation.evaluate import EvaluateConfig
 from ddpm_pipe.sampling.generate import GenerateConfig
-from ddpm_pipe.sharing.convert.command import ConvertConfig
+from ddpm_pipe.sharing.convert.config import ConvertConfig
 from ddpm_pipe.sharing.push import PushConfig
 from ddpm_pipe.training.posthoc import PosthocConfig
 from ddpm_pipe.training.recipe import TrainConfig
