@@ -96,7 +96,7 @@ class Config(BaseModel):
         if error["type"] == "missing":
             return f"{name} must be given: {cls.model_fields[name].description}."
         if error["type"] == "extra_forbidden":
-            return f"{name} is unknown; known are {', '.join(cls.keys())}."
+            return f"{name} is unknown; known are {', '.join(cls.names())}."
         return f"{name}={value!r:.100} must {error['msg'].removeprefix('Input should ')}."
 
     @classmethod
@@ -107,7 +107,7 @@ class Config(BaseModel):
         return {(each.__doc__ or "").partition("\n")[0]: fields for each, fields in names.items() if fields}
 
     @classmethod
-    def keys(cls) -> list[str]:
+    def names(cls) -> list[str]:
         """The names of all fields, section after section."""
         return [name for names in cls.sections().values() for name in names]
 
@@ -118,7 +118,7 @@ class Config(BaseModel):
     def to_yaml(self) -> str:
         """The text of a config file, section after section."""
         values = self.model_dump(mode="json")
-        return yaml.safe_dump({name: values[name] for name in self.keys()}, sort_keys=False)
+        return yaml.safe_dump({name: values[name] for name in self.names()}, sort_keys=False)
 
 
 C = TypeVar("C", bound=Config)
@@ -199,7 +199,7 @@ def parse(config_class: type[C], argv: Sequence[str], prog: str | None = None, *
     Raises:
         ValueError: for unknown keys of the file or flags, naming the accepted ones, and for values that cannot be.
     """
-    argv, known, values = list(argv), config_class.keys(), dict(defaults)
+    argv, known, values = list(argv), config_class.names(), dict(defaults)
     if argv and argv[0].endswith(FILE_SUFFIXES):
         path = Path(argv.pop(0))
         values |= read_config_file(path)

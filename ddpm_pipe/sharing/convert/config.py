@@ -1,11 +1,14 @@
 """What is converted, and what its file does not say."""
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from ddpm_pipe.config import Config, Float, Place, PositiveInt, Size
 
-Objective = Literal["pred_noise", "pred_x0", "pred_v"]
-Schedule = Literal["linear", "cosine"]
+OBJECTIVES = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
+"""What denoising-diffusion-pytorch calls the output of a network -> `prediction_type` of our schedulers."""
+
+SCHEDULES = {"linear": "linear_rescaled", "cosine": "squaredcos_cap_v2"}
+"""What improved-diffusion calls a noise schedule -> `beta_schedule` of our schedulers."""
 
 
 class ConvertConfig(Config):
@@ -19,7 +22,7 @@ class ConvertConfig(Config):
     """size, or height and width, of the images; needed for files"""
     weights: Literal["ema", "raw"] | None = None
     """which weights of the file: ema, the average, or raw; the average if not given, where there is one"""
-    objective: Objective | None = None
+    objective: Literal["pred_noise", "pred_x0", "pred_v"] | None = None
     """what the network predicts; the file of denoising-diffusion-pytorch 1.5 and later tells it"""
     version: str | None = None
     """version of denoising-diffusion-pytorch, where the file is from before 1.8 and lacks it"""
@@ -35,7 +38,7 @@ class ConvertConfig(Config):
     """groups of a GroupNorm, where there are not the usual ones"""
     timesteps: PositiveInt | None = None
     """T; needed where the file has weights only"""
-    beta_schedule: Schedule | None = None
+    beta_schedule: Literal["linear", "cosine"] | None = None
     """needed where the file has weights only"""
     variance_type: Literal["fixed_large", "fixed_small"] = "fixed_large"
     """variance of the sampler, of a file that has weights only"""
@@ -52,7 +55,7 @@ class ConvertConfig(Config):
         """
         value = getattr(self, name)
         if value is None:
-            choices = {"objective": get_args(Objective), "beta_schedule": get_args(Schedule)}.get(name)
+            choices = {"objective": OBJECTIVES, "beta_schedule": SCHEDULES}.get(name)
             one_of = f", one of {', '.join(choices)}" if choices else ""
             raise ValueError(f"{name} must be given{one_of}: the file does not tell it.")
         return value

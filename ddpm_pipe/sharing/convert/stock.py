@@ -1,0 +1,63 @@
+"""Pipelines of diffusers, from a folder or the Hub, converted to pipelines of this package.
+
+A stock DDPM or DDIM pipeline gets the schedulers of this package. Weights may be pickled, as those of google/ddpm-*
+are: `DDPMPipeline.from_pretrained` refuses them, and here they are read as plain tensors.
+"""
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from ddpm_pipe.pretrained import SAMPLERS, DDPMPipeline, read_index
+from ddpm_pipe.weights import STEM, from_config, load_network, weight_files
+
+
+def _part(folder: Path, name: str) -> Path:
+    """The folder of a part of the pipeline: its own or, as in google/ddpm-*, that of the pipeline itself."""
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def _fetch(source: str) -> Path:
+    """Download the configs and weights of a repository, the pickled ones only where it has no others.
+
+    Returns:
+        The folder of the cache that holds them.
+
+    Raises:
+        ValueError: where the Hub does not give them, saying why.
+    """
+    try:
+        for suffix in ("safetensors", "bin"):
+            patterns = ["*.json", f"{STEM}*.{suffix}", f"unet/{STEM}*.{suffix}"]
+            folder = Path(snapshot_download(source, allow_patterns=patterns))
+            if weight_files(_part(folder, "unet"), suffix=suffix):
+                break
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"source={source!r} is no file or folder here, and the Hub does not give it: {reason}"
+        ) from error
+    return folder
+
+
+def pipeline(source: str) -> DDPMPipeline:
+    """Make the pipeline of a folder or of a repository on the Hub.
+
+    Args:
+        source: path of the folder or id of the repository; of diffusers' pipelines those with a DDPM or DDIM scheduler
+            can be converted, of this package's all.
+
+    Raises:
+        ValueError: where it is neither, or holds anything but such a pipeline, naming it.
+    """
+    folder = Path(source) if Path(source).is_dir() else _fetch(source)
+    network_class, scheduler_class = read_index(folder)
+    if scheduler_class not in SAMPLERS.values():
+        raise ValueError(
+            f"source={source!r} has a {scheduler_class.__name__}; with {' or '.join(SAMPLERS)} it can be converted."
+        )
+    part = _part(folder, "unet")
+    suffix = "bin" if weight_files(part, suffix="bin") and not weight_files(part) else "safetensors"
+    network = load_network(network_class, part, suffix=suffix)
+    return DDPMPipeline(network, from_config(scheduler_class, _part(folder, "scheduler") / scheduler_class.config_name))
