@@ -16,10 +16,11 @@ from ddpm_pipe.config import parse
 from ddpm_pipe.data.images import to_unit_range
 from ddpm_pipe.data.memory import ImageData
 from ddpm_pipe.objective import Objective
-from ddpm_pipe.training.config import TrainConfig, make_scheduler, make_unet
+from ddpm_pipe.training.config import TrainConfig
+from ddpm_pipe.training.recipe import make_scheduler, make_unet
 from ddpm_pipe.training.state import TrainState
 
-PRESETS = Path(__file__).resolve().parent.parent / "examples" / "presets"
+PRESETS = Path(__file__).resolve().parent.parent / "ddpm_pipe" / "presets"
 SHAPES = {"fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32), "flowers": (3, 128, 128)}
 
 

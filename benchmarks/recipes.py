@@ -29,8 +29,9 @@ from torch.utils.data import DataLoader
 
 from ddpm_pipe.data.memory import ImageData, load_images
 from ddpm_pipe.objective import Objective
-from ddpm_pipe.training.config import TrainConfig, make_scheduler, make_unet
+from ddpm_pipe.training.config import TrainConfig
 from ddpm_pipe.training.draws import micro_batches
+from ddpm_pipe.training.recipe import make_scheduler, make_unet
 from ddpm_pipe.training.state import TrainState
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +44,7 @@ SMALL = {
     "up_block_types": ["UpBlock2D"] * 3,
     "norm_num_groups": 8,
 }
-CIFAR = yaml.safe_load((ROOT / "examples" / "presets" / "cifar10.yaml").read_text())["unet"]
+CIFAR = yaml.safe_load((ROOT / "ddpm_pipe" / "presets" / "cifar10.yaml").read_text())["unet"]
 NETWORKS = {"a small UNet2DModel": SMALL, "ddpm-cifar10": CIFAR}
 
 

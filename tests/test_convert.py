@@ -47,7 +47,9 @@ def randomize(network: nn.Module, seed: int = 0) -> nn.Module:
 def converted(tmp_path: Path, checkpoint, **options) -> DDPMPipeline:
     """The pipeline of a checkpoint, as it is loaded from the folder that `convert` writes."""
     torch.save(checkpoint, tmp_path / "model.pt")
-    config = ConvertConfig(str(tmp_path / "model.pt"), str(tmp_path / "out"), **{"image_size": [SIZE], **options})
+    config = ConvertConfig(
+        source=str(tmp_path / "model.pt"), output_dir=str(tmp_path / "out"), **{"image_size": [SIZE], **options}
+    )
     convert(config)
     pipeline = DDPMPipeline.from_pretrained(tmp_path / "out")
     pipeline.set_progress_bar_config(disable=True)
@@ -344,7 +346,7 @@ def assert_draws_as(stock: diffusers.DDPMPipeline, folder: Path) -> None:
 @pytest.mark.parametrize("at_root", [False, True])
 def test_google_ddpm_draws_its_own_images(pickled, at_root, tmp_path):
     stock = google(tmp_path / "stock [a]*", pickled, at_root)
-    convert(ConvertConfig(str(tmp_path / "stock [a]*"), str(tmp_path / "out")))
+    convert(ConvertConfig(source=str(tmp_path / "stock [a]*"), output_dir=str(tmp_path / "out")))
     assert_draws_as(stock, tmp_path / "out")
 
 
@@ -357,7 +359,7 @@ def test_attention_of_2022_has_its_names_of_today(tmp_path):
         weights = {name.replace(today, then): tensor for name, tensor in weights.items()}
     assert sum(".proj_attn." in name for name in weights) == 8
     save_file(weights, file)
-    convert(ConvertConfig(str(tmp_path / "stock"), str(tmp_path / "out")))
+    convert(ConvertConfig(source=str(tmp_path / "stock"), output_dir=str(tmp_path / "out")))
     assert_draws_as(stock, tmp_path / "out")
 
 
@@ -377,7 +379,9 @@ def test_repository_of_the_hub_is_converted(pickled, tmp_path, repo, monkeypatch
             command += ["--output_dir", tmp_path / source]
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             assert done.returncode == code, done.stderr
-            assert code == 0 or done.stderr.startswith(f"convert.py: source='{source}' is no file or folder here")
+            assert code == 0 or done.stderr.startswith(
+                f"ddpm-pipe convert: source='{source}' is no file or folder here"
+            )
         fetched = {Path(request.path).name for request in hub.requests if "/resolve/" in request.path}
     suffix = "bin" if pickled else "safetensors"
     assert fetched >= {"model_index.json", f"diffusion_pytorch_model.{suffix}"} and "surprise.bin" not in fetched
@@ -391,14 +395,14 @@ def test_pickled_pipeline_of_this_package_is_converted(tmp_path):
     ours.save_pretrained(tmp_path / "ours")
     (tmp_path / "ours" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     torch.save(network.state_dict(), tmp_path / "ours" / "unet" / "diffusion_pytorch_model.bin")
-    convert(ConvertConfig(str(tmp_path / "ours"), str(tmp_path / "out")))
+    convert(ConvertConfig(source=str(tmp_path / "ours"), output_dir=str(tmp_path / "out")))
     loaded = DDPMPipeline.from_pretrained(tmp_path / "out")
     assert torch.equal(drawn(loaded, class_labels=1), drawn(ours, class_labels=1))
 
 
 def test_stock_implicit_scheduler_stays_one(tmp_path):
     stock_pipeline(diffusers.DDIMScheduler(20)).save_pretrained(tmp_path / "stock")
-    convert(ConvertConfig(str(tmp_path / "stock"), str(tmp_path / "out")))
+    convert(ConvertConfig(source=str(tmp_path / "stock"), output_dir=str(tmp_path / "out")))
     assert type(DDPMPipeline.from_pretrained(tmp_path / "out").scheduler) is DDIMScheduler
 
 
@@ -431,13 +435,13 @@ def test_file_that_is_no_state_dict_is_refused(value, tmp_path):
 
 def test_file_that_is_not_there_is_no_id_of_the_hub(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
-        convert(ConvertConfig("mine/model.pt", str(tmp_path / "out")))
+        convert(ConvertConfig(source="mine/model.pt", output_dir=str(tmp_path / "out")))
 
 
 def test_damaged_file_is_refused(tmp_path):
     (tmp_path / "model.pt").write_bytes(b"no checkpoint")
     with pytest.raises(ValueError, match="source"):
-        convert(ConvertConfig(str(tmp_path / "model.pt"), str(tmp_path / "out")))
+        convert(ConvertConfig(source=str(tmp_path / "model.pt"), output_dir=str(tmp_path / "out")))
 
 
 def test_folder_that_is_not_empty_is_left_alone(tmp_path):
@@ -455,7 +459,7 @@ def test_damaged_file_is_refused_by_name(suffix, content, tmp_path):
     (save_file if suffix == ".safetensors" else torch.save)(weights, file)
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if content == "half" else content)
     with pytest.raises(ValueError, match=rf"\Asource: {re.escape(str(file))}[^\n]*\.\Z"):
-        convert(ConvertConfig(str(file), str(tmp_path / "out")))
+        convert(ConvertConfig(source=str(file), output_dir=str(tmp_path / "out")))
 
 
 @pytest.mark.parametrize("length", range(0, 600, 23))
@@ -464,7 +468,7 @@ def test_pickle_of_before_torch_1_6_that_is_cut_short_is_refused(length, tmp_pat
     torch.save({"weight": torch.zeros(9), "step": 3}, file, _use_new_zipfile_serialization=False)
     file.write_bytes(file.read_bytes()[:length])
     with pytest.raises(ValueError, match=r"\Asource[^\n]*\.\Z"):
-        convert(ConvertConfig(str(file), str(tmp_path / "out")))
+        convert(ConvertConfig(source=str(file), output_dir=str(tmp_path / "out")))
 
 
 class Evil:
@@ -487,7 +491,7 @@ def test_pickle_that_would_run_code_is_refused_and_does_not(where, tmp_path):
         google(source, pickled=True, at_root="root" in where)
         torch.save({"weight": Evil(mark)}, next(source.rglob("*.bin")))
     with pytest.raises(ValueError, match="whose code could do anything"):
-        convert(ConvertConfig(str(source), str(tmp_path / "out")))
+        convert(ConvertConfig(source=str(source), output_dir=str(tmp_path / "out")))
     assert not mark.exists() and not (tmp_path / "out").exists()
 
 
@@ -500,14 +504,14 @@ def test_folder_that_would_run_code_is_refused_and_does_not(tmp_path):
     code = f"import diffusers\nopen({str(mark)!r}, 'w')\nclass Pipeline(diffusers.DiffusionPipeline): ...\n"
     (folder / "scheduler" / "evil.py").write_text(code)
     with pytest.raises(ValueError, match="scheduler DiffusionPipeline of diffusers"):
-        convert(ConvertConfig(str(folder), str(tmp_path / "out")))
+        convert(ConvertConfig(source=str(folder), output_dir=str(tmp_path / "out")))
     assert not mark.exists() and not (tmp_path / "out").exists()
 
 
 def test_run_folder_is_told_from_its_pipeline(tmp_path):
     google(tmp_path / "run" / "pipeline", pickled=False, at_root=False)
     with pytest.raises(ValueError, match=rf"holds {re.escape(str(tmp_path / 'run' / 'pipeline'))}; give one of these"):
-        convert(ConvertConfig(str(tmp_path / "run"), str(tmp_path / "out")))
+        convert(ConvertConfig(source=str(tmp_path / "run"), output_dir=str(tmp_path / "out")))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -670,7 +674,7 @@ def test_improved_diffusion_option_without_a_counterpart_is_named(options, what,
 def test_other_pipelines_of_diffusers_are_refused(tmp_path):
     stock_pipeline(diffusers.PNDMScheduler(20)).save_pretrained(tmp_path / "stock")
     with pytest.raises(ValueError, match="PNDMScheduler"):
-        convert(ConvertConfig(str(tmp_path / "stock"), str(tmp_path / "out")))
+        convert(ConvertConfig(source=str(tmp_path / "stock"), output_dir=str(tmp_path / "out")))
 
 
 def test_command_ends_in_one_sentence(tmp_path):
@@ -679,4 +683,4 @@ def test_command_ends_in_one_sentence(tmp_path):
     command = [sys.executable, script, "--source", tmp_path / "model.pt", "--output_dir", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("convert.py: source=") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("ddpm-pipe convert: source=") and done.stderr.count("\n") == 1

@@ -238,7 +238,7 @@ def test_what_is_tracked_does_not_change_the_run(pair):
 
 @a_real_run
 def test_the_example_writes_pipelines_of_tracked_and_other_widths(pair, repo):
-    command = [sys.executable, "examples/ema.py", "--run", str(pair.tracked), "--sigma-rel", "0.05,0.15"]
+    command = [sys.executable, "-m", "ddpm_pipe", "average", "--run", str(pair.tracked), "--sigma-rel", "0.05,0.15"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=repo, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

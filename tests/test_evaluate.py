@@ -207,9 +207,7 @@ def test_of_a_sweep_over_models_each_card_shows_its_own(evaluated, own_run):
 )
 def test_an_evaluation_that_cannot_be_read_is_one_sentence(own_run, content):
     (own_run / "pipeline" / "evaluation.json").write_text(content)
-    with pytest.raises(
-        ValueError, match=r"evaluation\.json is not what examples/evaluate\.py writes .*; evaluate again"
-    ):
+    with pytest.raises(ValueError, match=r"evaluation\.json is not what ddpm-pipe evaluate writes .*; evaluate again"):
         make_card(own_run, own_run / "pipeline", "org/mine")
 
 

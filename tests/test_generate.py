@@ -695,7 +695,7 @@ def test_a_config_file_is_read_back(config, tmp_path):
 @pytest.mark.slow
 def test_the_command_of_the_readme(config):
     chosen = config(seeds="0-4", scheduler="dpm++")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "examples/generate.py"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "-m", "ddpm_pipe", "generate"]
     command += ["--model", chosen.model, "--seeds", "0-4", "--output_dir", chosen.output_dir]
     command += ["--scheduler", "dpm++", "--steps", "4"]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)

@@ -56,7 +56,7 @@ def hub():
 
 @pytest.fixture
 def push(hub, config, monkeypatch):
-    """examples/push.py in this process, with the settings that another would have from its environment."""
+    """`ddpm-pipe push` in this process, with the settings that another would have from its environment."""
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -134,7 +134,7 @@ def test_the_address_is_printed(push, hub, capsys):
 @pytest.fixture
 def own(config, tmp_path) -> PushConfig:
     """A push of a copy of the run, which a test may change."""
-    return PushConfig(str(shutil.copytree(config.output_dir, tmp_path / "home" / "own")), "org/mine")
+    return PushConfig(run=str(shutil.copytree(config.output_dir, tmp_path / "home" / "own")), repo="org/mine")
 
 
 LINKS = (
@@ -191,16 +191,16 @@ def test_no_file_that_is_pushed_names_a_path_of_this_machine(own, tmp_path, monk
 
 def test_an_evaluation_that_cannot_be_read_stops_a_push_and_no_training(own, tmp_path, capsys):
     (Path(own.run) / "pipeline" / "evaluation.json").write_text('{"metrics": [')
-    with pytest.raises(ValueError, match=r"evaluation\.json is not what examples/evaluate\.py writes"):
+    with pytest.raises(ValueError, match=r"evaluation\.json is not what ddpm-pipe evaluate writes"):
         stage(own, tmp_path)
     Pusher(own).push()
     assert capsys.readouterr().out.startswith("nothing is pushed: ")
 
 
 def test_the_command_that_repeats_a_push_has_all_its_options():
-    given = PushConfig("runs/my run", "org/x", public=True, pipeline="ema-0.05", license="mit")
+    given = PushConfig(run="runs/my run", repo="org/x", public=True, pipeline="ema-0.05", license="mit")
     command = shlex.split(repeated(given))
-    assert command[:2] == ["python", "examples/push.py"] and parse(PushConfig, command[2:]) == given
+    assert command[:2] == ["ddpm-pipe", "push"] and parse(PushConfig, command[2:]) == given
 
 
 def test_a_pipeline_without_a_run_is_pushed_with_a_card_and_for_its_owner_only(push, hub, config, tmp_path, capsys):
@@ -253,13 +253,13 @@ def test_only_a_folder_of_the_run_is_pushed(own, tmp_path, name):
 def test_a_hub_that_is_down_is_one_sentence_that_says_how_to_repeat(hub, config, tmp_path):
     hub.down()
     environment = os.environ | hub.environment(token="hf_good", home=tmp_path / "home")
-    command = [sys.executable, "examples/push.py", "--run", config.output_dir, "--repo", "org/mine"]
+    command = [sys.executable, "-m", "ddpm_pipe", "push", "--run", config.output_dir, "--repo", "org/mine"]
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    (told,) = [line for line in done.stderr.splitlines() if line.startswith("push.py: ")]
-    assert told.startswith("push.py: the push to org/mine failed (")
+    (told,) = [line for line in done.stderr.splitlines() if line.startswith("ddpm-pipe push: ")]
+    assert told.startswith("ddpm-pipe push: the push to org/mine failed (")
     hub.up()
-    repeat = [sys.executable, *told.split("repeat it with: python ")[1].split()]
+    repeat = [sys.executable, "-m", "ddpm_pipe", *told.split("repeat it with: ddpm-pipe ")[1].split()]
     subprocess.run(repeat, cwd=REPO, env=environment, check=True, timeout=120)
     assert set(hub.files("org/mine")) >= PUSHED
 
@@ -298,7 +298,7 @@ def test_a_folder_without_a_pipeline_is_one_sentence(config, tmp_path, what):
 
 def run_training(hub, home: Path, config: TrainConfig, *argv: str) -> subprocess.CompletedProcess:
     environment = os.environ | hub.environment(token="hf_good", home=home)
-    command = [sys.executable, "examples/train.py", write_config(config), *argv]
+    command = [sys.executable, "-m", "ddpm_pipe", "train", write_config(config), *argv]
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done
@@ -323,9 +323,9 @@ def test_training_goes_on_where_the_hub_is_down(hub, few_images, tmp_path):
     assert "the push to org/pushed failed" in done.stdout
     assert (tmp_path / "run" / "pipeline" / "model_index.json").exists()
     hub.up()
-    command = re.search(r"repeat it with: python (examples/push.py .*)", done.stdout)[1].split()
+    command = re.search(r"repeat it with: ddpm-pipe (push .*)", done.stdout)[1].split()
     environment = os.environ | hub.environment(token="hf_good", home=tmp_path)
-    subprocess.run([sys.executable, *command], cwd=REPO, env=environment, check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "ddpm_pipe", *command], cwd=REPO, env=environment, check=True, timeout=120)
     assert set(hub.files("org/pushed")) >= PUSHED
 
 
@@ -342,7 +342,7 @@ def test_pushes_that_cannot_be_are_refused(tmp_path, options):
 def card(config, tmp_path_factory) -> ModelCard:
     folder = tmp_path_factory.mktemp("staged")
     named = {"license": "mit", "dataset": "zalando-datasets/fashion_mnist", "dataset_license": "mit"}
-    stage(PushConfig(config.output_dir, "org/mine", **named), folder)
+    stage(PushConfig(run=config.output_dir, repo="org/mine", **named), folder)
     return ModelCard.load(folder / "README.md")
 
 
@@ -357,7 +357,7 @@ def test_the_card_names_licence_data_and_metrics_where_the_hub_reads_them(card, 
 
 
 def test_the_card_has_the_whole_recipe_and_nothing_of_the_machine(card, config):
-    for name in TrainConfig.__dataclass_fields__:
+    for name in TrainConfig.model_fields:
         private = name in ("output_dir", "resume", "overwrite", "push_to", "push_every", "push_public")
         assert bool(re.search(rf"^{name}:", card.text, re.MULTILINE)) is not private, name
     assert str(Path(config.output_dir).parent) not in card.content and str(Path.home()) not in card.content
@@ -382,7 +382,7 @@ def test_the_card_of_a_killed_run_ends_where_its_pipeline_was_saved(own, config,
         log.write('{"step": 8, "loss": 1.0, "images_per_second": 1.0}\n{"step": 8, "held_out_loss": 1e9}\n')
     (Path(own.run) / "samples" / "step-00000008.png").write_text("drawn by later weights")
     later = staged_card(own, tmp_path / "later")
-    before = staged_card(PushConfig(config.output_dir, "org/mine"), tmp_path / "before")
+    before = staged_card(PushConfig(run=config.output_dir, repo="org/mine"), tmp_path / "before")
     assert later.content == before.content and "6 of 8 images: 48 images seen" in later.text
     newest = (Path(own.run) / "samples" / "step-00000006.png").read_bytes()
     assert (tmp_path / "later" / "samples.png").read_bytes() == newest

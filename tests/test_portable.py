@@ -650,7 +650,7 @@ def test_pickled_weights_are_refused_with_the_way_out(tmp_path):
     weights = make("our network").unet.state_dict()
     (folder / WEIGHTS).unlink()
     torch.save(weights, folder / "unet" / "diffusion_pytorch_model.bin")
-    assert re.search(r"no unet/diffusion_pytorch_model.safetensors.*examples/convert.py", sentence(folder))
+    assert re.search(r"no unet/diffusion_pytorch_model.safetensors.*ddpm-pipe convert", sentence(folder))
 
 
 def test_pickles_are_not_written(tmp_path):

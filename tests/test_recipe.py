@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from ddpm_pipe.cli import PRESETS
+from ddpm_pipe.config import parse
 from ddpm_pipe.data.memory import ImageData
-from ddpm_pipe.training.config import TrainConfig, lr_at, make_scheduler, make_unet
+from ddpm_pipe.training.config import TrainConfig
+from ddpm_pipe.training.recipe import lr_at, make_scheduler, make_unet
 
 SMALL = {"block_out_channels": [8, 16], "norm_num_groups": 4}
 STOCK = {
@@ -53,10 +56,8 @@ def test_initial_weights_follow_the_seed():
     assert not torch.equal(first["conv_in.weight"], other["conv_in.weight"])
 
 
-def test_cifar10_preset_has_the_published_number_of_weights(repo):
-    from ddpm_pipe.config import parse
-
-    config = parse(TrainConfig, [str(repo / "examples" / "presets" / "cifar10.yaml")])
+def test_cifar10_preset_has_the_published_number_of_weights():
+    config = parse(TrainConfig, [str(PRESETS / "cifar10.yaml")])
     assert sum(p.numel() for p in make_unet(config, images(3, 32, 32)).parameters()) == 35_746_307
 
 
