@@ -8,9 +8,11 @@ import io
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from contextlib import suppress
+from functools import lru_cache, partial
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import fsspec
@@ -119,16 +121,44 @@ def attempt(function: Callable[[Cell], T], cell: Cell) -> T | Unreadable:
 
 
 def map_cells(function: Callable[[Cell], T], cells: list[Cell]) -> list[T | Unreadable]:
-    """`attempt` of every image cell, in order: in threads (PIL decodes outside the interpreter's lock), but for small
-    files in memory, which are decoded in less time than it takes to hand them over."""
-    in_memory = [len(cell["bytes"]) for cell in cells if cell is not None and cell["bytes"] is not None]
-    if in_memory and sum(in_memory) < SMALL_FILE * len(in_memory):
-        return [attempt(function, cell) for cell in cells]
+    """`attempt` of every image cell, in order.
+
+    Threads read the files, for some wait for a disk, and decode the large ones, which PIL does outside the
+    interpreter's lock. Small ones are decoded by this thread, in less time than it takes to hand them over.
+    """
+    if any(_is_on_disk(cell) for cell in cells):
+        cells = list(_in_threads(_load_small, cells))
+    small = [cell is None or (cell["bytes"] is not None and len(cell["bytes"]) < SMALL_FILE) for cell in cells]
+    others = [cell for cell, is_small in zip(cells, small, strict=True) if not is_small]
+    decoded = _in_threads(partial(attempt, function), others)
+    return [attempt(function, cell) if is_small else next(decoded) for cell, is_small in zip(cells, small, strict=True)]
+
+
+def _in_threads(function: Callable[[Cell], T], cells: list[Cell]) -> Iterator[T]:
+    """`function` of every cell, in order, begun for all of them before the first result is taken."""
     share = 1 + len(cells) // (2 * THREADS)
     shares = [cells[i : i + share] for i in range(0, len(cells), share)]
-    with ThreadPoolExecutor(THREADS) as pool:
-        results = pool.map(lambda cells: [attempt(function, cell) for cell in cells], shares)
-        return [result for share in results for result in share]
+    results = _threads(os.getpid()).map(lambda cells: [function(cell) for cell in cells], shares)
+    return chain.from_iterable(results)
+
+
+@lru_cache(maxsize=1)
+def _threads(process: int) -> ThreadPoolExecutor:
+    """The threads of a process; one that was forked has none of its parent's."""
+    return ThreadPoolExecutor(THREADS)
+
+
+def _is_on_disk(cell: Cell) -> bool:
+    return cell is not None and cell["bytes"] is None
+
+
+def _load_small(cell: Cell) -> Cell:
+    """A cell with the bytes of its file where that is small; what cannot be read is left for `attempt` to tell."""
+    if cell is not None and cell["bytes"] is None and cell["path"] is not None:
+        with suppress(OSError, ValueError), open(cell["path"], "rb") as file:
+            if os.fstat(file.fileno()).st_size < SMALL_FILE:
+                return cell | {"bytes": file.read()}
+    return cell
 
 
 class Header(NamedTuple):

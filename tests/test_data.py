@@ -1,5 +1,6 @@
 """Images in, uint8 tensors out; order as a function of the seed; every bad input one sentence."""
 
+import multiprocessing
 import os
 import resource
 import shutil
@@ -500,18 +501,42 @@ def test_half_of_the_images_are_mirrored():
     assert 440 < (left == 1).sum() < 560  # 3.8 standard deviations
 
 
-@pytest.mark.parametrize(("size", "in_threads"), [(8, False), (200, True)])
-def test_only_large_files_are_decoded_in_threads(size, in_threads):
-    noise = np.random.default_rng(0).integers(0, 256, (20, size, size), np.uint8)
-    cells = [{"bytes": encoded(Image.fromarray(image)), "path": None} for image in noise]
-    threads = set()
+@pytest.mark.parametrize("where", ["in memory", "on disk"])
+def test_only_large_files_are_decoded_in_threads(tmp_path, where):
+    """For small ones handing over takes longer than decoding, and three times the CPU."""
+    noise = [np.random.default_rng(i).integers(0, 256, (size, size), np.uint8) for i, size in enumerate([8, 200] * 10)]
+    cells = [{"bytes": encoded(Image.fromarray(pixels)), "path": None} for pixels in noise]
+    if where == "on disk":
+        for i, cell in enumerate(cells):
+            (tmp_path / f"{i}.png").write_bytes(cell["bytes"])
+        cells = [{"bytes": None, "path": str(tmp_path / f"{i}.png")} for i in range(20)]
 
     def decode(cell):
-        threads.add(threading.current_thread())
-        return np.asarray(open_image(cell))
+        return np.asarray(open_image(cell)), threading.current_thread()
 
-    assert np.array_equal(map_cells(decode, cells), noise)
-    assert (threading.main_thread() not in threads) == in_threads
+    found = map_cells(decode, cells)
+    assert all(np.array_equal(pixels, expected) for (pixels, _), expected in zip(found, noise, strict=True))
+    assert {thread for _, thread in found[::2]} == {threading.current_thread()}
+    assert threading.current_thread() not in {thread for _, thread in found[1::2]}
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_forked_process_decodes_in_threads_of_its_own():
+    """As those of accelerate's notebook_launcher, started after images were looked at."""
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 200), np.uint8)
+    cells = [{"bytes": encoded(Image.fromarray(pixels)), "path": None}] * 8
+
+    def decode():
+        assert all(
+            np.array_equal(image, pixels) for image in map_cells(lambda cell: np.asarray(open_image(cell)), cells)
+        )
+
+    decode()
+    child = multiprocessing.get_context("fork").Process(target=decode)
+    child.start()
+    child.join(60)
+    child.kill()
+    assert child.exitcode == 0
 
 
 def test_what_fails_in_threads_stands_in_its_place(tmp_path):
