@@ -10,10 +10,9 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import lru_cache, partial
 from itertools import chain
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import fsspec
 import numpy as np
@@ -53,7 +52,8 @@ def open_image(cell: Cell) -> Image.Image:
         raise ValueError("there is no image")
     source = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
     if isinstance(source, str) and "://" in source:
-        source = io.BytesIO(_read_url(source))
+        with _open_here(source) or fsspec.open(source) as file:
+            source = io.BytesIO(file.read())
     try:
         image = Image.open(source)
     except UnidentifiedImageError:
@@ -62,13 +62,14 @@ def open_image(cell: Cell) -> Image.Image:
     return image
 
 
-def _read_url(url: str) -> bytes:
-    """The bytes of a file in a zip file here, `zip://name::archive`, or of another that fsspec can open."""
-    name, _, archive = url.removeprefix("zip://").partition("::")
+def _open_here(path: str) -> IO[bytes] | None:
+    """A file of this machine, or one in a zip file of it, `zip://name::archive`; None for others, as fsspec opens."""
+    if "://" not in path:
+        return open(path, "rb")
+    name, _, archive = path.removeprefix("zip://").partition("::")
     if os.path.isfile(archive):
-        return _open_archive(archive, os.stat(archive).st_mtime_ns).read(name)
-    with fsspec.open(url) as file:
-        return file.read()
+        return _open_archive(archive, os.stat(archive).st_mtime_ns).open(name)
+    return None
 
 
 @lru_cache(maxsize=8)
@@ -153,12 +154,19 @@ def _is_on_disk(cell: Cell) -> bool:
 
 
 def _load_small(cell: Cell) -> Cell:
-    """A cell with the bytes of its file where that is small; what cannot be read is left for `attempt` to tell."""
-    if cell is not None and cell["bytes"] is None and cell["path"] is not None:
-        with suppress(OSError, ValueError), open(cell["path"], "rb") as file:
-            if os.fstat(file.fileno()).st_size < SMALL_FILE:
-                return cell | {"bytes": file.read()}
-    return cell
+    """A cell with the bytes of its file where that is small; one that cannot be read is left as it is."""
+    content = attempt(_read_small, cell)
+    return cell | {"bytes": content} if cell is not None and isinstance(content, bytes) else cell
+
+
+def _read_small(cell: Cell) -> bytes | None:
+    """The bytes of a small file of this machine."""
+    file = _open_here(cell["path"]) if cell is not None and cell["bytes"] is None else None
+    if file is None:
+        return None
+    with file:
+        content = file.read(SMALL_FILE)
+    return content if len(content) < SMALL_FILE else None
 
 
 class Header(NamedTuple):

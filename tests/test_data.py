@@ -41,7 +41,11 @@ def folder(path: Path, *images: Image.Image, suffix: str = "png") -> str:
 
 def raw_parquet(path: Path, *contents: bytes | None) -> str:
     """Image files in a table written without datasets."""
-    cells = [{"bytes": content, "path": None} for content in contents]
+    return cells_parquet(path, *({"bytes": content, "path": None} for content in contents))
+
+
+def cells_parquet(path: Path, *cells: dict) -> str:
+    """Cells of an image column in such a table."""
     column = pyarrow.array(cells, pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()}))
     pyarrow.parquet.write_table(pyarrow.table({"image": column}), path)
     return str(path)
@@ -288,6 +292,12 @@ def test_bad_input_is_one_sentence(tmp_path, arrange, options, sentence):
 # ---------------------------------------------------------------- memory
 
 
+def test_a_path_that_no_file_can_have_is_skipped_in_a_memory_mapped_file_too(tmp_path, cache):
+    cells = [{"bytes": None, "path": "a\0b"}, {"bytes": encoded(image()), "path": None}]
+    data = cells_parquet(tmp_path / "data.parquet", *cells)
+    assert load_images(data).rows.tolist() == load_images(data, max_memory=0).rows.tolist() == [1]
+
+
 def test_memory_mapped_images_are_the_same_and_are_decoded_once(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     path = folder(tmp_path / "images", *[image(seed=i) for i in range(4)])
@@ -335,12 +345,15 @@ def test_sizes_that_were_resized_for_another_run_are_still_mixed(tmp_path, cache
         load_images(path, max_memory=0)
 
 
-@pytest.mark.parametrize("damage", ["shorter", "empty", "no notes"])
+@pytest.mark.parametrize("damage", ["shorter", "empty", "no notes", "shorter notes"])
 def test_a_damaged_file_of_decoded_images_is_made_again(tmp_path, cache, damage):
     path = folder(tmp_path / "images", *[image(seed=i) for i in range(4)])
     whole = load_images(path, max_memory=0).images.clone()
     (file,) = cache.glob("*.npy")
-    if damage == "no notes":
+    if damage == "shorter notes":
+        os.truncate(file.with_suffix(".json"), 1)
+        file.write_bytes(bytes(file.stat().st_size))
+    elif damage == "no notes":
         file.with_suffix(".json").unlink()
         file.write_bytes(bytes(file.stat().st_size))
     else:
@@ -537,6 +550,17 @@ def test_a_forked_process_decodes_in_threads_of_its_own():
     child.join(60)
     child.kill()
     assert child.exitcode == 0
+
+
+def test_small_files_in_a_zip_file_are_decoded_without_threads_too(tmp_path):
+    file = shutil.make_archive(
+        str(tmp_path / "images"), "zip", folder(tmp_path / "images", image(seed=0), image(seed=1))
+    )
+    cells = [{"bytes": None, "path": f"zip://{name}::{file}"} for name in ("0.png", "1.png", "missing.png")]
+    found = map_cells(lambda cell: (np.asarray(open_image(cell)), threading.current_thread()), cells)
+    for seed, (pixels, thread) in enumerate(found[:2]):
+        assert np.array_equal(pixels, np.asarray(image(seed=seed))) and thread is threading.current_thread()
+    assert isinstance(found[2], Unreadable)
 
 
 def test_what_fails_in_threads_stands_in_its_place(tmp_path):
