@@ -178,9 +178,9 @@ class Header(NamedTuple):
 
 
 def read_header(cell: Cell) -> Header:
-    """The header of the image in a cell, if its pixels can be decoded too."""
+    """The header of the image in a cell, if it can become an array too."""
     image = open_image(cell)
-    image.load()
+    to_array(image, 1, (image.height, image.width))
     return header_of(image)
 
 
