@@ -16,6 +16,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,25 @@ def whole_file(path: Path) -> Iterator[Path]:
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, others: str) -> Iterator[None]:
+    """Hold a lock file. Where another process holds it, say what it does, the sentence `others`, and wait for it.
+
+    Raises:
+        OSError: where the file cannot be written.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("%s; this one waits for it.", others)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def replace_text(path: Path, text: str) -> None:

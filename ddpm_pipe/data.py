@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import logging
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -17,10 +15,9 @@ import numpy as np
 import PIL
 import psutil
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ddpm_pipe.checkpoint import replace_text, whole_file
+from ddpm_pipe.checkpoint import locked, replace_text, whole_file
 from ddpm_pipe.images import (
     DECODING,
     Cell,
@@ -50,7 +47,6 @@ from ddpm_pipe.sources import (
 )
 
 T = TypeVar("T")
-logger = logging.getLogger(__name__)
 
 
 # ---------------------------------------------------------------- the images
@@ -280,7 +276,7 @@ def _memory_mapped(shape: tuple[int, ...], cells: Cells, target: Target) -> tupl
     notes = path.with_suffix(".json")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):
+        with locked(path.with_suffix(".lock"), "another run decodes the same images"):
             if not _is_whole(path, shape) or not notes.exists():
                 with whole_file(path) as new:
                     images = _reserve(new, shape)
@@ -309,21 +305,6 @@ def _content(cell: Cell) -> bytes:
             return repr(path).encode()
         return repr((path, stat.st_size, stat.st_mtime_ns)).encode()
     return hashlib.sha256(cell["bytes"]).digest()
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock, waiting for the run that has it."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.warning("another run decodes the same images; this one waits for it.")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:

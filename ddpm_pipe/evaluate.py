@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from PIL import Image
 from torch import Tensor
 
 from ddpm_pipe.card import EVALUATION
@@ -25,12 +26,21 @@ from ddpm_pipe.data import ImageData, load_images
 from ddpm_pipe.features import FeatureNetwork, extract, load_features, reference_features
 from ddpm_pipe.images import to_unit_range
 from ddpm_pipe.likelihood import Bound, variational_bound
-from ddpm_pipe.memorisation import nearest, neighbour_grid, share_of_copies
-from ddpm_pipe.metrics import evaluate_features
+from ddpm_pipe.memorisation import nearest, neighbour_grid, without_copies
+from ddpm_pipe.metrics import MIN_COUNT, check_features, evaluate_features, import_torchmetrics
 from ddpm_pipe.pipeline import PixelDiffusionPipeline
 from ddpm_pipe.prediction import PREDICTIONS
 from ddpm_pipe.randomness import generator
-from ddpm_pipe.sampling import SampleConfig, pipeline_for, processes, protocol, sample_images, shared_name
+from ddpm_pipe.sampling import (
+    SampleConfig,
+    pipeline_for,
+    processes,
+    protocol,
+    sample_images,
+    shared_name,
+    try_out,
+    weights_sha256,
+)
 from ddpm_pipe.schedulers import DDPMScheduler
 
 Row = dict[str, Any]
@@ -76,6 +86,10 @@ class EvaluateConfig(SampleConfig):
             raise ValueError("bits_images=1 has no standard error; it must be 0, or at least 2.")
         if self.neighbours > self.num_images:
             raise ValueError(f"neighbours={self.neighbours} must be at most num_images={self.num_images}.")
+        if 0 < self.num_images < MIN_COUNT:
+            raise ValueError(f"num_images={self.num_images} must be 0, or at least {MIN_COUNT}.")
+        if not (self.num_images or self.bits_images):
+            raise ValueError("num_images and bits_images are both 0, so there is nothing to measure.")
         self.points()
 
     def points(self) -> list[dict[str, Any]]:
@@ -99,6 +113,60 @@ class EvaluateConfig(SampleConfig):
         return [dict(point) for point in itertools.product(*axes)]
 
 
+@dataclass
+class Subject:
+    """A model with its sampler, which can be measured: that was tried.
+
+    Attributes:
+        settings: what the sweep changes of the config.
+        config: with these changes.
+        folder: of the pipeline.
+        sampling: the protocol; its hash of the weights is older than anything that is loaded to be measured.
+    """
+
+    settings: dict[str, Any]
+    config: EvaluateConfig
+    folder: Path
+    sampling: dict[str, Any]
+
+    @property
+    def model(self) -> Path:
+        """The model as the config has it."""
+        return Path(self.config.model)
+
+    def load(self, device: torch.device) -> PixelDiffusionPipeline:
+        """The pipeline, from the folder whose weights have the hash."""
+        return pipeline_for(replace(self.config, model=str(self.folder), revision=None)).to(device)
+
+    def check_weights(self) -> None:
+        """Raise ValueError where the folder no longer holds the weights of the protocol."""
+        if weights_sha256(self.folder) != self.sampling["unet_sha256"]:
+            raise ValueError(
+                f"the weights in {self.folder} changed while they were measured, and nothing is written; measure a "
+                "copy, or after training."
+            )
+
+
+def subjects(config: EvaluateConfig, device: torch.device) -> tuple[Subject, list[Subject]]:
+    """The model of the config, and of each point to be sampled its own: the settings of the sweep, or that one model.
+
+    Raises:
+        ValueError: for anything in one of them that cannot work.
+    """
+
+    def subject(settings: dict[str, Any], is_sampled: bool) -> Subject:
+        changed = replace(config, sweep=[], **settings)
+        pipeline = pipeline_for(changed)
+        if is_sampled:
+            try_out(changed, pipeline.to(device))
+        return Subject(settings, changed, Path(pipeline.name_or_path), protocol(changed, pipeline))
+
+    own = subject({}, is_sampled=config.neighbours > 0 or (config.num_images > 0 and not config.sweep))
+    if not config.num_images:
+        return own, []
+    return own, [subject(settings, is_sampled=True) for settings in config.points()] if config.sweep else [own]
+
+
 def evaluate(config: EvaluateConfig) -> Path:
     """Measure, print a table, and write evaluation.json and the pictures.
 
@@ -114,31 +182,42 @@ def evaluate(config: EvaluateConfig) -> Path:
     state = processes()
     folders = output_folders(config)
     with state.main_process_first():  # it fills the caches
-        pipeline = pipeline_for(config).to(state.device)
+        own, points = subjects(config, state.device)
+        pipeline = own.load(state.device)
         training = real_images(config, config.train_split, pipeline)
         held_out = held_out_images(config, pipeline, training)
+    folder = folders[Path(config.model)]
+    folder.mkdir(parents=True, exist_ok=True)
     shared: dict[str, Any] = {"data": {"name": shared_name(config.data), config.train_split: len(training)}}
-    points: list[dict[str, Any]] = []
+    if held_out is not training:
+        shared["data"][config.split] = len(held_out)
+    measured: list[dict[str, Any]] = []
     if config.num_images:
+        import_torchmetrics("fid")  # where it is missing, that is said before hours of work
         network = load_features(config.features, state.device)
         shared["features"] = {"name": network.name, "hash": network.hash}
-        points = measure_points(config, pipeline, training, network, state)
+        measured = measure_points(points, pipeline, training, network, state)
     rest: list[Row] = []
     if config.bits_images:
         rest.append(measure_bits(config, pipeline, held_out, state))
     if state.is_main_process:
-        folder = folders[Path(config.model)]
-        folder.mkdir(parents=True, exist_ok=True)
+        pictures = {}
         if config.neighbours:
-            rest.append(measure_neighbours(config, pipeline, training, held_out, folder / "neighbours.png"))
-        if config.sweep and points:
-            draw_sweep(points, folder / "sweep.png")
-        check_finite(rest)
-        for model, folder in folders.items():
-            write_results(config, pipeline, model, folder, shared, points, rest)
-        print(table([row for point in points for row in point["metrics"]] + rest))
+            row, pictures["neighbours.png"] = measure_neighbours(config, pipeline, training, held_out)
+            rest.append(row)
+        measured, rest = only_finite(measured, rest)
+        for subject in (own, *points):
+            subject.check_weights()
+        for name, picture in pictures.items():
+            picture.save(folder / name)
+        with_fid = [point for point in measured if distance(point) < math.inf]
+        if config.sweep and with_fid:
+            draw_sweep(with_fid, folder / "sweep.png")
+        for model, place in folders.items():
+            write_results(own, points, model, place, shared, measured, rest)
+        print(table([row for point in measured for row in point["metrics"]] + rest))
     state.wait_for_everyone()
-    return folders[Path(config.model)] / EVALUATION
+    return folder / EVALUATION
 
 
 def output_folders(config: EvaluateConfig) -> dict[Path, Path]:
@@ -157,37 +236,48 @@ def output_folders(config: EvaluateConfig) -> dict[Path, Path]:
 
 
 def write_results(
-    config: EvaluateConfig,
-    pipeline: PixelDiffusionPipeline,
+    own: Subject,
+    points: list[Subject],
     model: Path,
     folder: Path,
     shared: dict[str, Any],
-    points: list[dict[str, Any]],
+    measured: list[dict[str, Any]],
     rest: list[Row],
 ) -> None:
     """Write the evaluation.json of one model: all points, but as `metrics` only its own, those of its best point.
 
-    `rest` is of `pipeline`, the model of the config, and goes nowhere else.
+    `rest` is of `own`, the model of the config, and goes nowhere else.
     """
-    settings = zip(config.points(), points, strict=False)  # without images there are no points
-    own = [point for point_settings, point in settings if Path(point_settings.get("model", config.model)) == model]
-    best = min(own, key=distance)["metrics"] if own else []
-    is_main = model == Path(config.model)
+    of_model = [point for subject, point in zip(points, measured, strict=True) if subject.model == model]
+    is_own = model == own.model
     result = shared | {
-        "sampling": protocol(config, pipeline) if is_main else own[0]["sampling"],
-        "points": points,
-        "metrics": best + rest * is_main,
+        "sampling": own.sampling if is_own else of_model[0]["sampling"],
+        "points": measured,
+        "metrics": (min(of_model, key=distance)["metrics"] if of_model else []) + rest * is_own,
     }
-    replace_text(folder / EVALUATION, json.dumps(result, indent=2) + "\n")
+    replace_text(folder / EVALUATION, json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
-def check_finite(rows: list[Row]) -> None:
-    """Raise ValueError for a metric that is not finite: it would say nothing in a model card."""
-    for row in rows:
-        if not math.isfinite(row["value"]):
-            raise ValueError(
-                f"{row['name']} is {row['value']}; nothing is written. Are the weights of the model finite?"
-            )
+def only_finite(measured: list[dict[str, Any]], rest: list[Row]) -> tuple[list[dict[str, Any]], list[Row]]:
+    """Points and other metrics without those that are not finite, which would say nothing; a sentence names each.
+
+    Raises:
+        ValueError: where none is left.
+    """
+
+    def finite(rows: list[Row]) -> list[Row]:
+        for row in rows:
+            if not math.isfinite(row["value"]):
+                print(f"{row['name']} ({row['protocol']}) is {row['value']}, not a finite number; it is left out.")
+        return [row for row in rows if math.isfinite(row["value"])]
+
+    measured, rest = [point | {"metrics": finite(point["metrics"])} for point in measured], finite(rest)
+    if not rest and not any(point["metrics"] for point in measured):
+        raise ValueError("none of the metrics is finite; nothing is written. Are the weights of the model finite?")
+    return measured, rest
+
+
+# ---------------------------------------------------------------- real images
 
 
 def real_images(config: EvaluateConfig, split: str, pipeline: PixelDiffusionPipeline) -> ImageData:
@@ -198,23 +288,28 @@ def real_images(config: EvaluateConfig, split: str, pipeline: PixelDiffusionPipe
 
 
 def held_out_images(config: EvaluateConfig, pipeline: PixelDiffusionPipeline, training: ImageData) -> ImageData:
-    """The images of `config.split`, where something is measured on them; otherwise those of training stand in.
+    """The images of `config.split` that are not in the training split, where something is measured on them; otherwise
+    those of training stand in.
 
     Raises:
-        ValueError: where there are fewer than asked for, or most of them are training images.
+        ValueError: where fewer are left than asked for, or the bound of theirs cannot be computed.
     """
     if not (config.bits_images or config.neighbours):
         return training
-    held_out = real_images(config, config.split, pipeline)
-    if config.bits_images > len(held_out):
-        raise ValueError(f"bits_images={config.bits_images} is more than the {len(held_out)} images of the data.")
-    copies = share_of_copies(first_images(held_out), training)
-    if copies > 0.5:
+    found = real_images(config, config.split, pipeline)
+    held_out = without_copies(found, training)
+    copies = f"{len(found) - len(held_out)} that are also in train_split={config.train_split!r}"
+    if len(held_out) < max(config.bits_images, 1):
         raise ValueError(
-            f"bits_images and neighbours need images that were held out of training, but {copies:.0%} of those of "
-            f"split={config.split!r} are also in train_split={config.train_split!r} of data={config.data!r}; give "
-            "data that hold both splits."
+            f"bits_images={config.bits_images} and neighbours={config.neighbours} need at least "
+            f"{max(config.bits_images, 1)} images held out of training, but split={config.split!r} of "
+            f"data={config.data!r} has {len(held_out)}, beside {copies}; ask for fewer, or give data that hold both "
+            "splits."
         )
+    if len(held_out) < len(found):
+        processes().print(f"of the {len(found)} images of split={config.split!r}, {copies} are left out.")
+    if config.bits_images:
+        check_bound(config, pipeline, held_out)
     return held_out
 
 
@@ -227,33 +322,35 @@ def first_images(data: ImageData) -> Tensor:
 
 
 def measure_points(
-    config: EvaluateConfig,
+    points: list[Subject],
     pipeline: PixelDiffusionPipeline,
     training: ImageData,
     network: FeatureNetwork,
     state: PartialState,
 ) -> list[dict[str, Any]]:
-    """Measure the samples of each setting of the sweep, or of the one of the config."""
+    """Measure the samples of each point; `pipeline` is that of the config, which has no settings of its own."""
     reference = reference_features(network, lambda rows: training.take(torch.tensor(rows))[0], len(training))
-    points = []
-    for settings in config.points():
-        changed = replace(config, sweep=[], **settings)
-        sampled = pipeline_for(changed).to(state.device) if settings else pipeline
-        point = measure_samples(changed, sampled, network, reference, state)
-        if "model" in settings:
-            settings |= {"model": shared_name(settings["model"])}
-        points.append({"settings": settings} | point)
-    return points
+    check_features("reference", reference)
+    measured = []
+    for point in points:
+        sampled = point.load(state.device) if point.settings else pipeline
+        metrics = measure_samples(point, sampled, network, reference, state)
+        point.check_weights()  # before more hours go into the next
+        settings = point.settings | ({"model": shared_name(point.config.model)} if "model" in point.settings else {})
+        measured.append({"settings": settings} | metrics)
+    return measured
 
 
 def measure_samples(
-    config: EvaluateConfig,
+    point: Subject,
     pipeline: PixelDiffusionPipeline,
     network: FeatureNetwork,
     reference: Tensor,
     state: PartialState,
 ) -> dict[str, Any]:
     """Draw the images of one setting and compare them with the reference; of each batch only the features are kept."""
+
+    config = point.config
 
     def images(rows: range) -> Tensor:
         ((_, drawn, _),) = sample_images(pipeline, list(rows), len(rows), **config.call_options())
@@ -269,13 +366,12 @@ def measure_samples(
             row["name"] += f" of {Path(config.features).name}"
             row["type"] += "_of_other_features"
         row["protocol"] += f"; {sampler}, seeds 0-{config.num_images - 1}"
-    return {"sampling": protocol(config, pipeline), "seconds_per_image": seconds, "metrics": metrics}
+    return {"sampling": point.sampling, "seconds_per_image": seconds, "metrics": metrics}
 
 
 def distance(point: dict[str, Any]) -> float:
-    """The FID of a measured setting."""
-    (fid,) = [row["value"] for row in point["metrics"] if row["type"].startswith("fid")]
-    return fid
+    """The FID of a measured setting; infinite where it has none."""
+    return next((row["value"] for row in point["metrics"] if row["type"].startswith("fid")), math.inf)
 
 
 def describe_sampler(config: SampleConfig, pipeline: PixelDiffusionPipeline) -> str:
@@ -293,21 +389,20 @@ def measure_neighbours(
     pipeline: PixelDiffusionPipeline,
     training: ImageData,
     held_out: ImageData,
-    file: Path,
-) -> Row:
-    """Draw generated images beside their nearest training images, and say whether they are nearer than real ones."""
+) -> tuple[Row, Image.Image]:
+    """Whether generated images are nearer to training images than real ones are, and a picture of both."""
     seeds = list(range(config.neighbours))
     batches = sample_images(pipeline, seeds, config.batch_size, **config.call_options())
     images = torch.cat([drawn for _, drawn, _ in batches])
     distances, positions = nearest(images, training, min(8, len(training)))
-    neighbour_grid(images, training, positions).save(file)
     real, _ = nearest(first_images(held_out), training, 1)
     ratio = (distances[:, 0].median() / real.median().clamp(min=1e-6)).item()
     protocol = (
         f"median distance of {len(images)} samples to their nearest of {len(training)} training images, over that of "
         f"{len(real)} images of split {config.split}; below 1 is nearer than real images are, 0 is copies"
     )
-    return {"type": "memorisation", "name": "nearest-neighbour distance ratio", "value": ratio, "protocol": protocol}
+    row = {"type": "memorisation", "name": "nearest-neighbour distance ratio", "value": ratio, "protocol": protocol}
+    return row, neighbour_grid(images, training, positions)
 
 
 # ---------------------------------------------------------------- bits per dimension
@@ -330,12 +425,20 @@ def denoiser(pipeline: PixelDiffusionPipeline, labels: Tensor | None) -> Callabl
     return denoise
 
 
-def measure_bits(config: EvaluateConfig, pipeline: PixelDiffusionPipeline, data: ImageData, state: PartialState) -> Row:
-    """The variational bound on the bits per dimension of real images, with its standard error over them, and its terms.
+def check_bound(config: EvaluateConfig, pipeline: PixelDiffusionPipeline, data: ImageData) -> None:
+    """Check that the bound of these images can be computed.
 
     Raises:
-        ValueError: where there are not as many terms.
+        ValueError: where the chain of the model has not as many terms, or the network not these labels.
     """
+    last = pipeline.scheduler.config.num_train_timesteps - 1
+    if not 1 <= config.bits_terms <= last:
+        raise ValueError(f"bits_terms={config.bits_terms} must lie between 1 and the {last} that the model has.")
+    pipeline._labels(None if data.labels is None else data.labels[data.rows], len(data), 1.0)
+
+
+def measure_bits(config: EvaluateConfig, pipeline: PixelDiffusionPipeline, data: ImageData, state: PartialState) -> Row:
+    """The variational bound on the bits per dimension of real images, its standard error over them, and its terms."""
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     pipeline = PixelDiffusionPipeline(pipeline.unet, scheduler)
     parts = []

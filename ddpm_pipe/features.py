@@ -4,8 +4,9 @@ import hashlib
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec, module_from_spec
 from operator import itemgetter
 from pathlib import Path
@@ -14,12 +15,11 @@ from typing import Any
 import safetensors
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ddpm_pipe.checkpoint import CheckpointError, replace_folder, save_tensors, sha256
+from ddpm_pipe.checkpoint import CheckpointError, locked, replace_folder, save_tensors, sha256
 from ddpm_pipe.sampling import processes
 
 logger = logging.getLogger(__name__)
@@ -98,23 +98,31 @@ def load_features(features: str, device: str | torch.device = "cpu") -> FeatureN
     return FeatureNetwork(_read_module(path).to(device), f"{path.name} (sha256 {digest[:12]})", digest, device)
 
 
-def prepare_torch_fidelity() -> None:
-    """Make the modules of torch-fidelity importable where torchvision is not, which its package imports for networks
-    that are not used here. Without torch-fidelity nothing happens."""
+@contextmanager
+def torch_fidelity_importable() -> Iterator[None]:
+    """Let modules of torch-fidelity be imported where its package cannot: that imports torchvision, for networks that
+    are not used here. They are forgotten afterwards, or others would find a package with nothing in it."""
+    spec = None
     try:
-        import torch_fidelity  # noqa: F401
-    except (ImportError, RuntimeError):  # RuntimeError: a torchvision made for another torch
-        spec = find_spec("torch_fidelity")
+        import_module("torch_fidelity")
+    except Exception:  # of whatever kind: a torchvision made for another torch raises several
+        spec = find_spec("torch_fidelity")  # None where it is not installed
+    if spec is not None:
+        sys.modules["torch_fidelity"] = module_from_spec(spec)  # the package without what its __init__ runs
+    try:
+        yield
+    finally:
         if spec is not None:
-            sys.modules["torch_fidelity"] = module_from_spec(spec)  # the package without what its __init__ runs
+            for name in [name for name in sys.modules if name.split(".")[0] == "torch_fidelity"]:
+                del sys.modules[name]
 
 
 def _load_inception(device: str | torch.device) -> FeatureNetwork:
-    prepare_torch_fidelity()
     try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        from torch_fidelity.version import __version__
-    except ImportError as error:
+        with torch_fidelity_importable():
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+            from torch_fidelity.version import __version__
+    except Exception as error:  # of whatever kind, as above
         raise ValueError(
             f"features='inception' needs torch-fidelity, which cannot be imported ({error}): install it with "
             f"pip install --no-deps torch-fidelity, or {INSTEAD}."
@@ -202,16 +210,14 @@ def reference_features(
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Keep an entry of the cache for this evaluation; another one of the same data waits and then reads it."""
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except OSError as error:  # a folder that cannot be written keeps nothing, and `_write` says so
-        logger.warning("the cache of features cannot be locked: %s", error)
-    try:
+    with ExitStack() as stack:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = folder.with_name(f".{folder.name}.lock")
+            stack.enter_context(locked(lock, "another evaluation computes the features of the same real images"))
+        except OSError as error:  # a folder that cannot be written keeps nothing, and `_write` says so
+            logger.warning("the cache of features cannot be locked: %s", error)
         yield
-    finally:
-        lock.release()
 
 
 def _hash(network: FeatureNetwork, images: Images, count: int, batch_size: int) -> str:

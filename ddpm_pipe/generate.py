@@ -250,7 +250,7 @@ def check_continuation(folder: Path, new: dict[str, Any]) -> list[dict[str, str]
     if not (folder / GENERATION).exists():
         raise ValueError(f"output_dir={str(folder)!r} holds images but no {GENERATION}; choose another folder.")
     try:
-        old = json.loads((folder / GENERATION).read_text())
+        old = json.loads((folder / GENERATION).read_text(), parse_constant=str)  # as `protocol` has it
         versions, old_seeds = old["versions"], set(parse_seeds(str(old["seeds"])))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / GENERATION} is damaged ({error}); choose another folder.") from error

@@ -1,5 +1,9 @@
 """Are samples copies of training images? Their nearest neighbours among them, as numbers and as a picture."""
 
+import hashlib
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 from diffusers.utils import make_image_grid
 from PIL import Image
@@ -39,12 +43,16 @@ def nearest(images: Tensor, data: ImageData, count: int) -> tuple[Tensor, Tensor
     return best[0] / rows.shape[1] ** 0.5, best[1]
 
 
-def share_of_copies(images: Tensor, data: ImageData) -> float:
-    """The share of images, uint8 (N, C, H, W), that are in `data` to the bit."""
-    wanted, found = [image.numpy().tobytes() for image in images], set()
+def without_copies(data: ImageData, training: ImageData) -> ImageData:
+    """The images of `data` that are not in `training` to the bit."""
+    digests = list(_digests(data))
+    copies = set(digests).intersection(_digests(training))
+    return replace(data, rows=data.rows[torch.tensor([digest not in copies for digest in digests], dtype=torch.bool)])
+
+
+def _digests(data: ImageData) -> Iterator[bytes]:
     for positions in torch.arange(len(data)).split(BLOCK):
-        found |= {image.numpy().tobytes() for image in data.take(positions)[0]}.intersection(wanted)
-    return sum(image in found for image in wanted) / len(wanted)
+        yield from (hashlib.sha256(image.numpy()).digest() for image in data.take(positions)[0])
 
 
 def neighbour_grid(images: Tensor, data: ImageData, positions: Tensor) -> Image.Image:

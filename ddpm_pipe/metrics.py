@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm_pipe.features import prepare_torch_fidelity
+from ddpm_pipe.features import torch_fidelity_importable
 
 FULL_COUNT = 50_000
 """Generated images from which on a metric needs no count in its name: it depends on how many there are."""
@@ -23,11 +23,16 @@ MIN_COUNT = 2 * SPLITS
 BLOCK = 1000  # features that are worked on at a time
 
 
-def _torchmetrics(module: str) -> ModuleType:
-    prepare_torch_fidelity()  # torchmetrics imports it where it is installed
+def import_torchmetrics(module: str) -> ModuleType:
+    """A module of torchmetrics.image.
+
+    Raises:
+        ValueError: where it cannot be imported.
+    """
     try:
-        return import_module(f"torchmetrics.image.{module}")
-    except (ImportError, RuntimeError) as error:  # RuntimeError: as in `prepare_torch_fidelity`
+        with torch_fidelity_importable():  # torchmetrics imports it where it is installed
+            return import_module(f"torchmetrics.image.{module}")
+    except Exception as error:  # of whatever kind: it tries many other packages
         raise ValueError(
             f"evaluation needs torchmetrics, which cannot be imported ({error}): install ddpm_pipe[eval]."
         ) from error
@@ -52,7 +57,7 @@ def frechet_distance(generated: Tensor, reference: Tensor) -> float:
 
     ||m1 - m2||^2 + tr(C1 + C2 - 2 (C1 C2)^{1/2}), at least 0.
     """
-    metric = _torchmetrics("fid").FrechetInceptionDistance(_Given(generated.shape[1]), sync_on_compute=False)
+    metric = import_torchmetrics("fid").FrechetInceptionDistance(_Given(generated.shape[1]), sync_on_compute=False)
     for features, real in ((generated, False), (reference, True)):
         for block in features.cpu().split(BLOCK):
             metric.update(block.double(), real=real)
@@ -66,7 +71,7 @@ def kernel_distance(generated: Tensor, reference: Tensor, seed: int = 0) -> tupl
     half of the smaller set where that is less. How subsets scatter gives the error of the whole (the delete-d jackknife
     of Shao and Wu 1989), with the larger set taken to be as small as the other.
     """
-    poly_mmd = _torchmetrics("kid").poly_mmd
+    poly_mmd = import_torchmetrics("kid").poly_mmd
     count = min(len(generated), len(reference))
     size = min(SUBSET_SIZE, count // 2)
     generator = torch.Generator().manual_seed(seed)
@@ -88,7 +93,7 @@ def inception_score(logits: Tensor, seed: int = 0) -> tuple[float, float]:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message=".*will save all extracted features")
         torch.manual_seed(seed)
-        metric = _torchmetrics("inception").InceptionScore(nn.Identity(), SPLITS, sync_on_compute=False)
+        metric = import_torchmetrics("inception").InceptionScore(nn.Identity(), SPLITS, sync_on_compute=False)
         metric.update(logits.cpu().double())
         mean, std = metric.compute()
     return mean.item(), std.item()
@@ -147,13 +152,14 @@ def evaluate_features(
         network: what computed the features, for the protocols.
 
     Returns:
-        type, name, value and protocol of each.
+        type, name, value and protocol of each; the value of one that these numbers do not have is nan or infinite.
 
     Raises:
-        ValueError: where there are too few images, features of different sizes, or numbers or metrics that are not
-            finite.
+        ValueError: where there are too few images, features of different sizes, or features that are not finite.
     """
-    _check(generated, reference, logits)
+    check_features("generated", generated)
+    check_features("reference", reference)
+    _check_alike(generated, reference, logits)
     kid, kid_error = kernel_distance(generated, reference)
     precision, recall = precision_recall(generated, reference)
     nearest = "3 nearest neighbours"
@@ -166,9 +172,6 @@ def evaluate_features(
     if logits is not None:
         score, score_std = inception_score(logits)
         results.insert(2, ("inception_score", "IS", score, f"standard deviation {score_std:.2g} of {SPLITS} parts"))
-    for _, name, value, _ in results:
-        if not math.isfinite(value):
-            raise ValueError(f"{name} is {value}: the features of {network} are too large or too much alike for it.")
     count = "" if len(generated) >= FULL_COUNT else f"-{len(generated)}"
     images = f"{len(generated)} generated and {len(reference)} reference images"
     return [
@@ -182,15 +185,21 @@ def evaluate_features(
     ]
 
 
-def _check(generated: Tensor, reference: Tensor, logits: Tensor | None) -> None:
-    given = {"generated": generated, "reference": reference} | ({} if logits is None else {"logits": logits})
-    for name, numbers in given.items():
-        if numbers.ndim != 2 or len(numbers) < MIN_COUNT:
-            raise ValueError(
-                f"{name} of shape {tuple(numbers.shape)} must be one line for each of at least {MIN_COUNT} images."
-            )
-        if not numbers.isfinite().all():
-            raise ValueError(f"{name} must be finite, and {int((~numbers.isfinite()).any(1).sum())} images are not.")
+def check_features(name: str, features: Tensor) -> None:
+    """Check that features can be measured; `name` is what they are of.
+
+    Raises:
+        ValueError: where they are not (n, D) of enough images, or not finite.
+    """
+    if features.ndim != 2 or len(features) < MIN_COUNT:
+        raise ValueError(
+            f"{name} of shape {tuple(features.shape)} must be one line for each of at least {MIN_COUNT} images."
+        )
+    if not features.isfinite().all():
+        raise ValueError(f"{name} must be finite, and {int((~features.isfinite()).any(1).sum())} images are not.")
+
+
+def _check_alike(generated: Tensor, reference: Tensor, logits: Tensor | None) -> None:
     if generated.shape[1] != reference.shape[1]:
         sizes = f"{generated.shape[1]} and {reference.shape[1]}"
         raise ValueError(f"generated and reference must be features of one size, not of {sizes}.")

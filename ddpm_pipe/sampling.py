@@ -215,7 +215,7 @@ def plug_in(own: SchedulerMixin, name: str | None, options: dict[str, Any], fewe
 def protocol(config: SampleConfig, pipeline: DDPMPipeline) -> dict[str, Any]:
     """All that decides about the images: what `pipeline_for` made of the config, and how it is sampled; as JSON has it.
 
-    A schedule of betas that the scheduler's config spells out is given as its checksum.
+    A schedule of betas that the scheduler's config spells out is given as its checksum, an infinite number as a text.
     """
     scheduler = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
     if scheduler.get("trained_betas") is not None:
@@ -235,7 +235,7 @@ def protocol(config: SampleConfig, pipeline: DDPMPipeline) -> dict[str, Any]:
         "dtype": config.dtype,
         "versions": {name: version(name) for name in ("ddpm_pipe", "torch", "diffusers")},
     }
-    return json.loads(json.dumps(entries))
+    return json.loads(json.dumps(entries), parse_constant=str)
 
 
 def shared_name(place: str) -> str:

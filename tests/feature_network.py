@@ -12,12 +12,14 @@ from types import ModuleType
 import pypi
 import pytest
 import torch
-import torchmetrics  # noqa: F401  before torchvision has its stand-in
 from filelock import FileLock
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ddpm_pipe.data import load_images
+from ddpm_pipe.metrics import import_torchmetrics
+
+import_torchmetrics("fid")  # before torchvision has its stand-in
 
 BUNDLED = str(Path(__file__).parent.parent / "examples" / "fashion_mnist")
 BATCH_SIZE = 100

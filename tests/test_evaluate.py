@@ -13,11 +13,12 @@ from huggingface_hub import ModelCard
 from runs import NETWORK, REPO, make_recipe, write_config
 
 from ddpm_pipe import DDPMPipeline
+from ddpm_pipe import evaluate as evaluation
 from ddpm_pipe.card import make_card
 from ddpm_pipe.checkpoint import replace_folder
 from ddpm_pipe.config import parse_config
 from ddpm_pipe.data import load_images
-from ddpm_pipe.evaluate import EvaluateConfig, check_finite, denoiser, evaluate
+from ddpm_pipe.evaluate import EvaluateConfig, denoiser, distance, evaluate, only_finite
 from ddpm_pipe.images import to_unit_range
 from ddpm_pipe.likelihood import variational_bound
 from ddpm_pipe.sources import open_dataset
@@ -53,9 +54,9 @@ def run(lives, split_images, tmp_path_factory) -> Path:
 def measure(run, feature_file, split_images, tmp_path, fresh_accelerate):  # noqa: F811
     """evaluate() with flags as on the command line; what it wrote."""
 
-    def measure(*argv: str) -> dict:
+    def measure(*argv: str, features: str = feature_file) -> dict:
         argv = ("--model", str(run / "pipeline"), "--data", split_images, "--steps", "2", *argv)
-        argv += ("--features", feature_file, "--output_dir", str(tmp_path / "out"), "--batch_size", "16")
+        argv += ("--features", features, "--output_dir", str(tmp_path / "out"), "--batch_size", "16")
         return json.loads(evaluate(parse_config(EvaluateConfig, argv)).read_text())
 
     return measure
@@ -227,6 +228,8 @@ def test_a_metric_that_is_not_a_number_is_not_shown(evaluated, own_run):
         ({"bits_images": 1}, "bits_images=1 has no standard error"),
         ({"num_images": -1}, "num_images=-1 must be at least 0"),
         ({"neighbours": 9, "num_images": 8}, "neighbours=9 must be at most num_images=8"),
+        ({"num_images": 19}, "num_images=19 must be 0, or at least 20"),
+        ({"num_images": 0}, "num_images and bits_images are both 0"),
         ({"sweep": ["shape=1"]}, "sweep='shape=1' must be option=value"),
         ({"sweep": ["steps"]}, "sweep='steps' must be option=value"),
         ({"sweep": ["steps=1,few"]}, "sweep='steps=1,few': steps takes values of type int"),
@@ -237,26 +240,132 @@ def test_what_cannot_be_measured_is_one_sentence(options, told):
         EvaluateConfig(**{"model": "m", "data": DATA} | options)
 
 
+@pytest.fixture
+def nothing_drawn(monkeypatch):
+    """Fail where images are drawn for the metrics."""
+
+    def sampled(*_):
+        raise AssertionError("images were drawn")
+
+    monkeypatch.setattr(evaluation, "measure_samples", sampled)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--bits_images", "4", "--bits_terms", "0"], "bits_terms=0 must lie between 1 and the 19 that the model has"),
+        (["--bits_images", "4", "--bits_terms", "-1"], "bits_terms=-1 must lie between 1 and the 19"),
+        (["--bits_images", "4", "--bits_terms", "20"], "bits_terms=20 must lie between 1 and the 19"),
+        (["--sweep", "steps=2,21"], "steps=21 must lie between 1 and the 20"),
+        (["--sweep", "scheduler=ddim,no-such"], "scheduler='no-such' is unknown; use one of ddpm, ddim"),
+        (["--sweep", "model=PIPELINE,/no/such/folder"], "model='/no/such/folder' is neither a folder"),
+        (["--sweep", "class_labels=balanced,10"], "class_labels='10' must be balanced, or classes from 0 to 9"),
+        (["--class_labels", "10"], "class_labels='10' must be balanced"),
+        (["--scheduler", "ddim", "--sweep", "eta=0,2"], "eta=2.0 must lie between 0"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_an_image_is_drawn(measure, nothing_drawn, run, options, told):
+    options = [option.replace("PIPELINE", str(run / "pipeline")) for option in options]
+    with pytest.raises(ValueError, match=told):
+        measure("--num_images", "20", *options)
+
+
+def test_too_few_training_images_are_refused_before_an_image_is_drawn(measure, nothing_drawn, tmp_path):
+    datasets.DatasetDict(train=open_dataset(DATA, "test").select(range(19))).save_to_disk(tmp_path / "few")
+    with pytest.raises(ValueError, match=r"reference of shape \(19, 128\) must be one line for each of at least 20"):
+        measure("--num_images", "20", "--data", str(tmp_path / "few"))
+
+
+# ---------------------------------------------------------------- images held out
+
+
 def test_more_images_than_there_are_have_no_bits(measure):
-    with pytest.raises(ValueError, match="bits_images=41 is more than the 40 images"):
+    with pytest.raises(ValueError, match=r"need at least 41 images held out of training, but split='test' .* has 40,"):
         measure("--num_images", "0", "--bits_images", "41")
 
 
 @pytest.mark.parametrize("asked", [("--bits_images", "4"), ("--neighbours", "2")])
-def test_training_images_do_not_pass_for_held_out_ones(measure, few_images, monkeypatch, asked):
-    def sampled(*_, **__):
-        raise AssertionError("images were drawn")
-
-    monkeypatch.setattr("ddpm_pipe.evaluate.measure_samples", sampled)
-    told = r"100% of those of split='test' are also in train_split='train'"
+def test_training_images_do_not_pass_for_held_out_ones(measure, few_images, nothing_drawn, asked):
+    told = "split='test' of data=.* has 0, beside 60 that are also in train_split='train'"
     with pytest.raises(ValueError, match=told):  # a folder of one split, whatever its name
         measure("--num_images", "20", "--data", few_images, *asked)
 
 
+def test_copies_of_training_images_are_left_out_of_those_held_out(measure, split_images, tmp_path, capsys):
+    images = open_dataset(DATA, "test")
+    mixed = {"train": images.select(range(60)), "test": images.select([*range(15), *range(60, 100)])}
+    datasets.DatasetDict(mixed).save_to_disk(tmp_path / "mixed")
+    asked = ("--num_images", "20", "--bits_images", "40", "--bits_terms", "2", "--neighbours", "2")
+    alone = measure(*asked)
+    assert "are left out" not in capsys.readouterr().out
+    beside_copies = measure(*asked, "--data", str(tmp_path / "mixed"))
+    told = "of the 55 images of split='test', 15 that are also in train_split='train' are left out."
+    assert told in capsys.readouterr().out
+    assert values(alone) == values(beside_copies) and beside_copies["data"]["test"] == 40
+
+
+# ---------------------------------------------------------------- weights that change
+
+
+@pytest.mark.parametrize("meanwhile", ["measure_samples", "measure_bits", "measure_neighbours"])
+def test_weights_that_change_while_they_are_measured_have_no_evaluation(evaluated, own_run, monkeypatch, meanwhile):
+    measured, other = getattr(evaluation, meanwhile), DDPMPipeline.from_pretrained(own_run / "ema-0.05")
+
+    def with_a_checkpoint(*arguments):
+        replace_folder(own_run / "pipeline", other.save_pretrained)  # as training does
+        return measured(*arguments)
+
+    monkeypatch.setattr(evaluation, meanwhile, with_a_checkpoint)
+    with pytest.raises(ValueError, match=r"^the weights in .*pipeline changed while they were measured, [^\n]*$"):
+        evaluated("pipeline", "--bits_images", "4", "--bits_terms", "2", "--neighbours", "2")
+    assert not {"evaluation.json", "neighbours.png"} & {path.name for path in (own_run / "pipeline").iterdir()}
+
+
+# ---------------------------------------------------------------- numbers that are not finite
+
+
+class WithoutLogits(torch.nn.Module):
+    """Features of images, and logits that are not numbers."""
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = images.float().flatten(1)[:, ::7]
+        return features, features * float("nan")
+
+
+def test_one_metric_that_is_not_finite_does_not_cost_the_others(measure, tmp_path, capsys):
+    torch.jit.script(WithoutLogits()).save(str(tmp_path / "nan.pt"))
+    result = measure("--num_images", "20", features=str(tmp_path / "nan.pt"))
+    names = ["FID-20", "KID-20", "precision-20", "recall-20"]
+    assert list(values(result)) == [f"{name} of nan.pt" for name in names]
+    assert values(result) == {row["name"]: row["value"] for row in result["points"][0]["metrics"]}
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert told.startswith("IS-20 of nan.pt (20 generated")
+    assert told.endswith("is nan, not a finite number; it is left out.")
+
+
+def test_no_number_that_is_written_is_infinite(measure, tmp_path):
+    """The config of this scheduler has one."""
+    measure("--num_images", "20", "--scheduler", "dpm++")
+
+    def refuse(number: str):
+        raise AssertionError(f"{number} is no JSON")
+
+    content = (tmp_path / "out" / "evaluation.json").read_text()
+    result = json.loads(content, parse_constant=refuse)
+    assert result["sampling"]["scheduler"]["lambda_min_clipped"] == "-Infinity"
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_metric_that_is_not_finite_is_not_written(value):
-    with pytest.raises(ValueError, match=rf"bits/dim is {value}; nothing is written"):
-        check_finite([{"name": "bits/dim", "value": value}])
+def test_where_no_metric_is_finite_nothing_is_written(value):
+    bits = {"name": "bits/dim", "protocol": "bound", "value": value}
+    with pytest.raises(ValueError, match="none of the metrics is finite; nothing is written"):
+        only_finite([{"metrics": []}], [bits])
+    measured, rest = only_finite([{"metrics": [bits | {"value": 1.0}, bits]}], [bits])
+    assert measured == [{"metrics": [bits | {"value": 1.0}]}] and rest == []
+
+
+def test_a_point_without_fid_is_never_the_best():
+    assert distance({"metrics": [{"type": "precision", "value": 1.0}]}) == math.inf
 
 
 def test_results_of_a_model_that_is_no_folder_need_one(tmp_path):

@@ -208,6 +208,7 @@ features = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
 print(frechet_distance(features, features + 1))
 torch.nn.Module.load_state_dict = lambda *_: None
 print(load_features("inception").name)
+print([name for name in sys.modules if name.startswith("torch_fidelity")])
 """
 
 
@@ -218,8 +219,34 @@ def test_inception_and_the_metrics_need_no_torchvision(tmp_path_factory, repo):
     command = [sys.executable, "-c", WITHOUT_TORCHVISION]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    distance, name = done.stdout.splitlines()
+    distance, name, left = done.stdout.splitlines()
     assert float(distance) == pytest.approx(4, rel=1e-4) and name == "Inception v3 of torch-fidelity 0.4.0"
+    assert left == "[]"  # others get the error of the import, and no package with nothing in it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", ["ImportError", "RuntimeError", "AttributeError"])
+def test_a_torchvision_that_cannot_be_imported_is_no_matter_to_the_metrics(tmp_path, repo, error):
+    """A package in the place of torch-fidelity, which torchmetrics imports wherever it is installed."""
+    package = tmp_path / "torch_fidelity"
+    package.mkdir()
+    (package / "__init__.py").write_text(f"from torch_fidelity import helpers\nraise {error}('no torchvision')\n")
+    (package / "helpers.py").write_text("vassert = None\n")
+    (package / "feature_extractor_inceptionv3.py").write_text("FeatureExtractorInceptionV3 = object\n")
+    (package / "interpolate_compat_tensorflow.py").write_text("interpolate_bilinear_2d_like_tensorflow1x = None\n")
+    program = """
+import sys
+import feature_network  # the network of these tests, which imports torchmetrics
+from ddpm_pipe.metrics import inception_score
+import torch
+print(inception_score(torch.zeros(30, 4)))
+print([name for name in sys.modules if name.startswith("torch_fidelity")])
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (repo, repo / "tests", tmp_path)))}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["(1.0, 0.0)", "[]"]
 
 
 def test_help_says_that_a_file_of_features_is_a_program():
@@ -358,7 +385,7 @@ def test_full_disk_costs_the_entry_and_not_the_evaluation(network, tmp_path, mon
     assert "are not kept" in caplog.text and not list(tmp_path.glob("[!.]*"))
 
 
-def test_a_second_evaluation_waits_for_the_features_of_the_first(network, counted, tmp_path):
+def test_a_second_evaluation_waits_for_the_features_of_the_first(network, counted, tmp_path, caplog):
     """Both start at once, the second while the first computes; in the end the data went through the network once."""
     first_computes, second = threading.Event(), []
 
@@ -375,6 +402,10 @@ def test_a_second_evaluation_waits_for_the_features_of_the_first(network, counte
     first = reference_features(network, slowly, COUNT, tmp_path, batch_size=3)
     thread.join(60)
     assert torch.equal(second[0], first) and counted.seen == COUNT
+    told = "another evaluation computes the features of the same real images; this one waits for it."
+    assert caplog.messages == [told]
+    reference_features(network, images, COUNT, tmp_path)  # nobody is waited for
+    assert caplog.messages == [told]
 
 
 if __name__ == "__main__":

@@ -562,6 +562,15 @@ def test_it_is_there_before_the_first_image(config, monkeypatch):
     assert there == [True] * 3
 
 
+def test_an_infinite_number_of_a_scheduler_is_a_text_and_no_reason_not_to_go_on(config):
+    file = generate(config(scheduler="dpm++", seeds="0-1")) / "generation.json"
+    text = file.read_text()
+    assert '"-Infinity"' in text
+    file.write_text(text.replace('"-Infinity"', "-Infinity"))  # as earlier versions wrote it, which is no JSON
+    generate(config(scheduler="dpm++", seeds="0-2"))
+    assert '"-Infinity"' in file.read_text()
+
+
 def test_all_steps_are_their_number(config):
     every = config(steps=None)
     assert protocol(every, pipeline_for(every))["steps"] == STEPS

@@ -6,7 +6,7 @@ from PIL import Image
 
 from ddpm_pipe import memorisation
 from ddpm_pipe.data import ImageData
-from ddpm_pipe.memorisation import nearest, neighbour_grid, share_of_copies
+from ddpm_pipe.memorisation import nearest, neighbour_grid, without_copies
 
 
 def pixels(count: int, channels: int = 3, seed: int = 0) -> torch.Tensor:
@@ -42,13 +42,16 @@ def test_a_copy_has_distance_zero_and_shows_its_original():
     assert grid.crop((0, 0, 4, 5)).tobytes() == grid.crop((4, 0, 8, 5)).tobytes() == originals
 
 
-def test_copies_are_counted_to_the_bit(monkeypatch):
+def test_copies_are_left_out_to_the_bit(monkeypatch):
     monkeypatch.setattr(memorisation, "BLOCK", 7)
-    training, images = pixels(20), pixels(4, seed=1)
-    images[:3] = training[[2, 2, 19]]
-    assert share_of_copies(images, data_of(training)) == 0.75
-    images[0, 0, 0, 0] ^= 1
-    assert share_of_copies(images, data_of(training)) == 0.5
+    training, images = pixels(20), pixels(24, seed=1)
+    images[[0, 9, 23]] = training[[2, 2, 19]]
+    kept = without_copies(data_of(images), data_of(training))
+    assert kept.rows.tolist() == [i for i in range(24) if i not in (0, 9, 23)]
+    images[9, 0, 0, 0] ^= 1
+    part = ImageData(images, torch.tensor([23, 9, 5]), labels=torch.arange(24))
+    assert without_copies(part, data_of(training)).take(torch.arange(2))[1].tolist() == [9, 5]
+    assert len(without_copies(data_of(training), data_of(training))) == 0
 
 
 def test_rows_of_a_held_out_part_are_not_looked_at():
