@@ -273,16 +273,17 @@ def _memory_mapped(shape: tuple[int, ...], cells: Cells, target: Target) -> tupl
     """
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "ddpm_pipe"
     path = folder / f"{_content_key(cells, target)}-{'x'.join(map(str, shape))}.npy"
-    notes = path.with_suffix(".json")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(path.with_suffix(".lock"), "another run decodes the same images"):
-            if not _is_whole(path, shape) or not notes.exists():
-                with whole_file(path) as new:
-                    images = _reserve(new, shape)
-                    replace_text(notes, json.dumps(_decode_into(images, cells, target)))
-                    images.flush()
-            return np.load(path, mmap_mode="r+"), {int(row): why for row, why in json.loads(notes.read_text()).items()}
+            if found := _decoded_before(path, shape):
+                return found
+            with whole_file(path) as new:
+                images = _reserve(new, shape)
+                skipped = _decode_into(images, cells, target)
+                replace_text(path.with_suffix(".json"), json.dumps(skipped))
+                images.flush()
+            return images, skipped
     except OSError as error:
         raise DataError(f"the decoded images cannot be kept in {folder}: {reason(error)}") from error
 
@@ -301,18 +302,21 @@ def _content(cell: Cell) -> bytes:
         path = (cell or {}).get("path")
         try:
             stat = os.stat((path or "").rpartition("::")[2])  # of the archive, for a file in one
-        except OSError:
+        except (OSError, ValueError):  # ValueError for a path that no file can have
             return repr(path).encode()
         return repr((path, stat.st_size, stat.st_mtime_ns)).encode()
     return hashlib.sha256(cell["bytes"]).digest()
 
 
-def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
-    """Whether a file holds an array of this shape to its last byte."""
+def _decoded_before(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, Skipped] | None:
+    """The decoded images in a file and the notes beside it; None where either is missing or damaged."""
     try:
-        return np.load(path, mmap_mode="r").shape == shape
+        if np.load(path, mmap_mode="r").shape != shape:  # "r+" would lengthen a file that is too short
+            return None
+        notes = json.loads(path.with_suffix(".json").read_text())
+        return np.load(path, mmap_mode="r+"), {int(row): why for row, why in notes.items()}
     except (OSError, ValueError, EOFError):  # there is none, or it is shorter than it says
-        return False
+        return None
 
 
 def _reserve(path: Path, shape: tuple[int, ...]) -> np.memmap:

@@ -8,10 +8,11 @@ import io
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
+from functools import lru_cache, partial
+from itertools import chain
+from typing import IO, Any, NamedTuple, TypeVar
 
 import fsspec
 import numpy as np
@@ -51,7 +52,8 @@ def open_image(cell: Cell) -> Image.Image:
         raise ValueError("there is no image")
     source = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
     if isinstance(source, str) and "://" in source:
-        source = io.BytesIO(_read_url(source))
+        with _open_here(source) or fsspec.open(source) as file:
+            source = io.BytesIO(file.read())
     try:
         image = Image.open(source)
     except UnidentifiedImageError:
@@ -60,13 +62,14 @@ def open_image(cell: Cell) -> Image.Image:
     return image
 
 
-def _read_url(url: str) -> bytes:
-    """The bytes of a file in a zip file here, `zip://name::archive`, or of another that fsspec can open."""
-    name, _, archive = url.removeprefix("zip://").partition("::")
+def _open_here(path: str) -> IO[bytes] | None:
+    """A file of this machine, or one in a zip file of it, `zip://name::archive`; None for others, as fsspec opens."""
+    if "://" not in path:
+        return open(path, "rb")
+    name, _, archive = path.removeprefix("zip://").partition("::")
     if os.path.isfile(archive):
-        return _open_archive(archive, os.stat(archive).st_mtime_ns).read(name)
-    with fsspec.open(url) as file:
-        return file.read()
+        return _open_archive(archive, os.stat(archive).st_mtime_ns).open(name)
+    return None
 
 
 @lru_cache(maxsize=8)
@@ -119,16 +122,51 @@ def attempt(function: Callable[[Cell], T], cell: Cell) -> T | Unreadable:
 
 
 def map_cells(function: Callable[[Cell], T], cells: list[Cell]) -> list[T | Unreadable]:
-    """`attempt` of every image cell, in order: in threads (PIL decodes outside the interpreter's lock), but for small
-    files in memory, which are decoded in less time than it takes to hand them over."""
-    in_memory = [len(cell["bytes"]) for cell in cells if cell is not None and cell["bytes"] is not None]
-    if in_memory and sum(in_memory) < SMALL_FILE * len(in_memory):
-        return [attempt(function, cell) for cell in cells]
+    """`attempt` of every image cell, in order.
+
+    Threads read the files, for some wait for a disk, and decode the large ones, which PIL does outside the
+    interpreter's lock. Small ones are decoded by this thread, in less time than it takes to hand them over.
+    """
+    if any(_is_on_disk(cell) for cell in cells):
+        cells = list(_in_threads(_load_small, cells))
+    small = [cell is None or (cell["bytes"] is not None and len(cell["bytes"]) < SMALL_FILE) for cell in cells]
+    others = [cell for cell, is_small in zip(cells, small, strict=True) if not is_small]
+    decoded = _in_threads(partial(attempt, function), others)
+    return [attempt(function, cell) if is_small else next(decoded) for cell, is_small in zip(cells, small, strict=True)]
+
+
+def _in_threads(function: Callable[[Cell], T], cells: list[Cell]) -> Iterator[T]:
+    """`function` of every cell, in order, begun for all of them before the first result is taken."""
     share = 1 + len(cells) // (2 * THREADS)
     shares = [cells[i : i + share] for i in range(0, len(cells), share)]
-    with ThreadPoolExecutor(THREADS) as pool:
-        results = pool.map(lambda cells: [attempt(function, cell) for cell in cells], shares)
-        return [result for share in results for result in share]
+    results = _threads(os.getpid()).map(lambda cells: [function(cell) for cell in cells], shares)
+    return chain.from_iterable(results)
+
+
+@lru_cache(maxsize=1)
+def _threads(process: int) -> ThreadPoolExecutor:
+    """The threads of a process; one that was forked has none of its parent's."""
+    return ThreadPoolExecutor(THREADS)
+
+
+def _is_on_disk(cell: Cell) -> bool:
+    return cell is not None and cell["bytes"] is None
+
+
+def _load_small(cell: Cell) -> Cell:
+    """A cell with the bytes of its file where that is small; one that cannot be read is left as it is."""
+    content = attempt(_read_small, cell)
+    return cell | {"bytes": content} if cell is not None and isinstance(content, bytes) else cell
+
+
+def _read_small(cell: Cell) -> bytes | None:
+    """The bytes of a small file of this machine."""
+    file = _open_here(cell["path"]) if cell is not None and cell["bytes"] is None else None
+    if file is None:
+        return None
+    with file:
+        content = file.read(SMALL_FILE)
+    return content if len(content) < SMALL_FILE else None
 
 
 class Header(NamedTuple):
@@ -140,9 +178,9 @@ class Header(NamedTuple):
 
 
 def read_header(cell: Cell) -> Header:
-    """The header of the image in a cell, if its pixels can be decoded too."""
+    """The header of the image in a cell, if it can become an array too."""
     image = open_image(cell)
-    image.load()
+    to_array(image, 1, (image.height, image.width))
     return header_of(image)
 
 

@@ -3,13 +3,15 @@
 import glob
 import os
 import re
+import zipfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet
 import torch
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -61,10 +63,11 @@ def open_dataset(data: str, split: str = "train", streaming: bool = False) -> An
     """Open a dataset wherever it is.
 
     Args:
-        data: a folder of images (class subfolders become labels), of parquet files or of `Dataset.save_to_disk`; a
-            parquet, arrow, tar or zip file or a glob of such files; or the id of a dataset on the Hub.
+        data: a folder or a zip file of images (class subfolders become labels); a folder of parquet files or of
+            `Dataset.save_to_disk`; a parquet, arrow or tar file or a glob of such files; or the id of a dataset on the
+            Hub.
         split: which split, or an instruction of datasets such as "train[:10%]". A file, a glob, a saved `Dataset` and
-            a folder of images without a subfolder for each split have one split, "train".
+            images without a subfolder for each split have one split, "train".
         streaming: read it row by row instead of as a whole.
 
     Raises:
@@ -76,6 +79,8 @@ def open_dataset(data: str, split: str = "train", streaming: bool = False) -> An
         path = Path(data).expanduser()
         if path.is_dir():
             return _open_folder(data, path, split, streaming)
+        if path.is_file() and path.suffix.lower() == ".zip" and (listed := list_images(path)):
+            return _open_listed(listed, split, streaming)
         loader, options = FILE_FORMATS.get(path.suffix.lower()), {"path": data}
         if path.is_file() and loader is None:
             raise DataError(f"data={data!r} is a file of an unknown kind; known are {', '.join(FILE_FORMATS)}.")
@@ -97,22 +102,41 @@ def _find_files(path: Path) -> str:
 
     Raises:
         FileNotFoundError: where there are none.
-        DataError: for a tar file cut off between two of its files, which would be read as a shorter one.
+        DataError: as in `_check_files`.
     """
     pattern = glob.escape(str(path)) if path.is_file() else str(path)
     files = glob.glob(pattern, recursive=True)
     if not files:
         raise FileNotFoundError(f"there is no file {path}")
-    for file in files:
-        if file.endswith(".tar") and not _ends_with_zeros(file):
-            raise DataError(f"{file} is truncated: a tar file ends with 1024 zeros.")
+    _check_files(files)
     return pattern
+
+
+def _check_files(files: Iterable[str]) -> None:
+    """Refuse what datasets takes for something else.
+
+    Raises:
+        DataError: for a tar file cut off between two of its files, which it would read as a shorter one, and a parquet
+            file with an empty table, which it would read in batches of no rows.
+    """
+    for file in files:
+        suffix = os.path.splitext(file)[1].lower()
+        with explained(file):
+            if suffix == ".tar" and not _ends_with_zeros(file):
+                raise DataError(f"{file} is truncated or compressed: a tar file ends with 1024 zeros.")
+            if suffix == ".parquet" and _is_empty_table(file):
+                raise DataError(f"{file} has no rows; remove it, or give another file.")
 
 
 def _ends_with_zeros(file: str) -> bool:
     with open(file, "rb") as handle:
         handle.seek(-min(1024, os.path.getsize(file)), os.SEEK_END)
         return handle.read() == bytes(1024)
+
+
+def _is_empty_table(file: str) -> bool:
+    metadata = pyarrow.parquet.read_metadata(file)
+    return metadata.num_row_groups > 0 and metadata.num_rows == 0
 
 
 def _open_folder(data: str, path: Path, split: str, streaming: bool) -> AnyDataset:
@@ -123,8 +147,8 @@ def _open_folder(data: str, path: Path, split: str, streaming: bool) -> AnyDatas
         found = take_split(saved, split)
         return found.to_iterable_dataset() if streaming else found
     if listed := list_images(path):
-        found = take_split(listed, split)
-        return _stream_files(found) if streaming else found
+        return _open_listed(listed, split, streaming)
+    _check_files(f"{path}/{file}" for file in _walk(str(path), ""))
     if glob.has_magic(str(path.resolve())):
         raise DataError(
             f"data={data!r} is no folder of plain images, and the loader for others takes *, ? and [ in its name for "
@@ -134,6 +158,12 @@ def _open_folder(data: str, path: Path, split: str, streaming: bool) -> AnyDatas
         return datasets.load_dataset(str(path), split=split, streaming=streaming)
     except FileNotFoundError as error:
         raise DataError(f"data={data!r} is a folder without images or parquet files.") from error
+
+
+def _open_listed(listed: dict[str, datasets.Dataset], split: str, streaming: bool) -> AnyDataset:
+    """A split of images that `list_images` found."""
+    found = take_split(listed, split)
+    return _stream_files(found) if streaming else found
 
 
 def _load_saved(path: Path) -> dict[str, datasets.Dataset]:
@@ -148,14 +178,20 @@ def take_split(splits: dict[str, datasets.Dataset], split: str) -> datasets.Data
     """The rows that an instruction of datasets names: "train", "train[:10%]", "train+test".
 
     Raises:
-        ValueError: for a split that there is not, naming those that there are.
+        ValueError: for a split that there is not, or a part without rows, naming those that there are.
     """
-    rows = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(part) for name, part in splits.items()})
-    parts = [splits[part.splitname].select(range(len(splits[part.splitname]))[part.from_ : part.to]) for part in rows]
+    sizes = {name: len(part) for name, part in splits.items()}
+    named = [
+        (part.splitname, range(sizes[part.splitname])[part.from_ : part.to])
+        for part in datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+    ]
+    parts = [splits[name].select(rows) for name, rows in named if rows]
+    if not parts:
+        raise ValueError(f"it names no rows of {', '.join(f'{name} ({size} rows)' for name, size in sizes.items())}")
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
-# ---------------------------------------------------------------- a folder of images
+# ---------------------------------------------------------------- a folder or a zip file of images
 
 _SPLITS = {
     "train": ("train", "training"),
@@ -171,29 +207,33 @@ _OTHER_DATA = tuple(f"/{name}" for name in ImageFolder.METADATA_FILENAMES) + tup
 _DESCRIPTIONS = ("dataset_infos.json", ".huggingface.yaml")
 
 
-def list_images(folder: Path) -> dict[str, datasets.Dataset]:
-    """The images in a folder and its subfolders: split -> "image", and "label" where each subfolder is a class.
+def list_images(place: Path) -> dict[str, datasets.Dataset]:
+    """The images in a folder or a zip file: split -> "image", and "label" where each subfolder is a class.
 
     Splits, classes and order are those of the imagefolder loader of datasets, which needs 1 ms of CPU for each file at
-    every start. Folders that it reads by other rules are left to it: with other data or metadata beside the images,
-    with a description of the data, or where a name speaks of two splits.
+    every start and knows no classes in a zip file. What it reads by other rules is left to it: with other data or
+    metadata beside the images, with a description of the data, or where a name speaks of two splits.
 
     Returns:
-        Nothing for such folders, and where there are no images.
+        Nothing for those, and where there are no images.
 
     Raises:
         OSError: where a folder cannot be listed.
         DataError: for a file name that is not UTF-8.
     """
-    files = sorted(_walk(str(folder.resolve()), ""))
-    if any(f"/{file}".endswith(_OTHER_DATA) for file in files) or _is_described(folder):
+    place = place.resolve()
+    if place.is_dir():
+        files, form = sorted(_walk(str(place), "")), (f"{place}/", "")
+    else:
+        files, form = sorted(_zipped(place)), ("zip://", f"::{place}")
+    if any(f"/{file}".endswith(_OTHER_DATA) for file in files) or _is_described(place):
         return {}
     images = [file for file in files if os.path.splitext(file)[1] in _IMAGE_SUFFIXES]
     splits = _by_split(images)
     if not splits:
         return {}
     classes = _classes(splits)
-    return {split: _to_dataset(folder.resolve(), files, classes) for split, files in splits.items()}
+    return {split: _to_dataset(images, form, classes) for split, images in splits.items()}
 
 
 def _walk(folder: str, prefix: str, above: tuple[str, ...] = ()) -> Iterator[str]:
@@ -203,18 +243,26 @@ def _walk(folder: str, prefix: str, above: tuple[str, ...] = ()) -> Iterator[str
     if real in above:
         return
     for entry in os.scandir(folder):
+        kind = Path(entry) if entry.is_symlink() else entry  # to a path, a link that leads nowhere is neither
         if entry.name.startswith("."):
             continue
-        if entry.is_file():
+        if kind.is_file():
             yield prefix + entry.name
-        elif entry.is_dir() and not entry.name.startswith("__"):
+        elif kind.is_dir() and not entry.name.startswith("__"):
             yield from _walk(entry.path, f"{prefix}{entry.name}/", (*above, real))
 
 
-def _is_described(folder: Path) -> bool:
-    """Whether a card or another file tells datasets how to read the folder."""
-    card = folder / "README.md"
-    described = any((folder / name).exists() for name in _DESCRIPTIONS)
+def _zipped(archive: Path) -> set[str]:
+    """Paths of all files in a zip file, but for those that `_walk` leaves out of a folder."""
+    hidden = re.compile(r"(^|/)(\.|__[^/]*/)|/$")
+    with zipfile.ZipFile(archive) as file:
+        return {name for name in file.namelist() if not hidden.search(name)}
+
+
+def _is_described(place: Path) -> bool:
+    """Whether a card or another file in a folder tells datasets how to read it."""
+    card = place / "README.md"
+    described = any((place / name).exists() for name in _DESCRIPTIONS)
     return described or (card.is_file() and card.read_bytes().startswith(b"---"))
 
 
@@ -256,9 +304,13 @@ def _folder_name(image: str) -> str:
     return os.path.basename(os.path.dirname(image))
 
 
-def _to_dataset(folder: Path, images: list[str], classes: list[str]) -> datasets.Dataset:
-    """A dataset of image files, with the names of their folders as labels where there are classes."""
-    columns: dict[str, list] = {"image": [f"{folder}/{image}" for image in images]}
+def _to_dataset(images: list[str], form: tuple[str, str], classes: list[str]) -> datasets.Dataset:
+    """A dataset of image files, with the names of their folders as labels where there are classes.
+
+    `form` is what stands before and after an image in its full path.
+    """
+    before, after = form
+    columns: dict[str, list] = {"image": [f"{before}{image}{after}" for image in images]}
     features = datasets.Features(image=datasets.Image())
     if classes:
         number = {name: label for label, name in enumerate(classes)}
@@ -345,7 +397,8 @@ def read_labels(dataset: datasets.Dataset, column: str) -> tuple[Tensor, tuple[s
     """Labels (N,) from 0 and the names of the classes; whole numbers and strings are numbered as strings are sorted.
 
     Raises:
-        DataError: for a column of other values, and where a row has no label: null, or -1 of a class label.
+        DataError: for a column of other values, and where a row has no label (null, or -1 of a class label) or one
+            that is no class.
     """
     feature = dataset.features[column]
     with explained(f"label_column={column!r}"):
@@ -361,15 +414,15 @@ def read_labels(dataset: datasets.Dataset, column: str) -> tuple[Tensor, tuple[s
             f"label_column={column!r} holds {_describe(feature)}, not classes; give one of class labels, whole numbers "
             "or strings."
         )
-    missing = [row for row, value in enumerate(values) if not is_label(value)]
+    missing = [row for row, value in enumerate(values) if not is_label(value, names)]
     if missing:
         raise DataError(
-            f"label_column={column!r} has no label in {len(missing)} of {len(values)} rows, the first of them row "
-            f"{missing[0]}."
+            f"label_column={column!r} has no label of its {len(names)} classes in {len(missing)} of {len(values)} "
+            f"rows, the first of them row {missing[0]} ({values[missing[0]]})."
         )
     return torch.tensor(values, dtype=torch.long), names
 
 
-def is_label(value: int | None) -> bool:
-    """Whether a row has a label; datasets writes null or -1 where it has none."""
-    return value is not None and value >= 0
+def is_label(value: int | None, classes: tuple[str, ...]) -> bool:
+    """Whether a row has the label of a class; datasets writes null or -1 where it has none."""
+    return value is not None and 0 <= value < len(classes)

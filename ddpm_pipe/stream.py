@@ -85,8 +85,8 @@ class ImageStream:
         examples: list[Example | Unreadable] = []
         for row, image in zip(rows, images, strict=True):
             label = 0 if self.label_column is None else row[self.label_column]
-            if not isinstance(image, Unreadable) and not is_label(label):
-                image = Unreadable(f"{row[self.column]['path'] or 'no path'}: there is no label")
+            if not isinstance(image, Unreadable) and self.label_column and not is_label(label, self.class_names):
+                image = Unreadable(f"{row[self.column]['path'] or 'no path'}: there is no label of a class ({label})")
             if isinstance(image, Unreadable):
                 self._report(image)
                 examples.append(image)

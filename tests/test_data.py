@@ -1,5 +1,6 @@
 """Images in, uint8 tensors out; order as a function of the seed; every bad input one sentence."""
 
+import multiprocessing
 import os
 import resource
 import shutil
@@ -40,7 +41,11 @@ def folder(path: Path, *images: Image.Image, suffix: str = "png") -> str:
 
 def raw_parquet(path: Path, *contents: bytes | None) -> str:
     """Image files in a table written without datasets."""
-    cells = [{"bytes": content, "path": None} for content in contents]
+    return cells_parquet(path, *({"bytes": content, "path": None} for content in contents))
+
+
+def cells_parquet(path: Path, *cells: dict) -> str:
+    """Cells of an image column in such a table."""
     column = pyarrow.array(cells, pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()}))
     pyarrow.parquet.write_table(pyarrow.table({"image": column}), path)
     return str(path)
@@ -220,8 +225,9 @@ def test_whatever_a_decoder_raises_skips_that_image_alone(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_the_first_image_may_be_a_broken_one(tmp_path, kind):
-    data = load_images(raw_parquet(tmp_path / "data.parquet", BROKEN[kind], encoded(image("L"))))
-    assert data.shape == (1, 6, 8) and len(data) == 1
+    file = raw_parquet(tmp_path / "data.parquet", BROKEN[kind], encoded(image(size=(5, 4))))
+    data = load_images(file)
+    assert data.shape == stream_images(file).shape == (3, 4, 5) and len(data) == 1
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
@@ -287,6 +293,12 @@ def test_bad_input_is_one_sentence(tmp_path, arrange, options, sentence):
 # ---------------------------------------------------------------- memory
 
 
+def test_a_path_that_no_file_can_have_is_skipped_in_a_memory_mapped_file_too(tmp_path, cache):
+    cells = [{"bytes": None, "path": "a\0b"}, {"bytes": encoded(image()), "path": None}]
+    data = cells_parquet(tmp_path / "data.parquet", *cells)
+    assert load_images(data).rows.tolist() == load_images(data, max_memory=0).rows.tolist() == [1]
+
+
 def test_memory_mapped_images_are_the_same_and_are_decoded_once(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     path = folder(tmp_path / "images", *[image(seed=i) for i in range(4)])
@@ -334,14 +346,15 @@ def test_sizes_that_were_resized_for_another_run_are_still_mixed(tmp_path, cache
         load_images(path, max_memory=0)
 
 
-@pytest.mark.parametrize("damage", ["shorter", "empty", "no notes"])
+@pytest.mark.parametrize("damage", ["shorter", "empty", "no notes", "shorter notes"])
 def test_a_damaged_file_of_decoded_images_is_made_again(tmp_path, cache, damage):
     path = folder(tmp_path / "images", *[image(seed=i) for i in range(4)])
     whole = load_images(path, max_memory=0).images.clone()
     (file,) = cache.glob("*.npy")
-    if damage == "no notes":
-        file.with_suffix(".json").unlink()
-        file.write_bytes(bytes(file.stat().st_size))
+    notes = file.with_suffix(".json")
+    if "notes" in damage:
+        np.load(file, mmap_mode="r+")[:] = 0
+        os.truncate(notes, 1) if damage == "shorter notes" else notes.unlink()
     else:
         os.truncate(file, {"shorter": file.stat().st_size - 1, "empty": 0}[damage])
     assert torch.equal(load_images(path, max_memory=0).images, whole)
@@ -500,18 +513,53 @@ def test_half_of_the_images_are_mirrored():
     assert 440 < (left == 1).sum() < 560  # 3.8 standard deviations
 
 
-@pytest.mark.parametrize(("size", "in_threads"), [(8, False), (200, True)])
-def test_only_large_files_are_decoded_in_threads(size, in_threads):
-    noise = np.random.default_rng(0).integers(0, 256, (20, size, size), np.uint8)
-    cells = [{"bytes": encoded(Image.fromarray(image)), "path": None} for image in noise]
-    threads = set()
+@pytest.mark.parametrize("where", ["in memory", "on disk"])
+def test_only_large_files_are_decoded_in_threads(tmp_path, where):
+    """For small ones handing over takes longer than decoding, and three times the CPU."""
+    noise = [np.random.default_rng(i).integers(0, 256, (size, size), np.uint8) for i, size in enumerate([8, 200] * 10)]
+    cells = [{"bytes": encoded(Image.fromarray(pixels)), "path": None} for pixels in noise]
+    if where == "on disk":
+        for i, cell in enumerate(cells):
+            (tmp_path / f"{i}.png").write_bytes(cell["bytes"])
+        cells = [{"bytes": None, "path": str(tmp_path / f"{i}.png")} for i in range(20)]
 
     def decode(cell):
-        threads.add(threading.current_thread())
-        return np.asarray(open_image(cell))
+        return np.asarray(open_image(cell)), threading.current_thread()
 
-    assert np.array_equal(map_cells(decode, cells), noise)
-    assert (threading.main_thread() not in threads) == in_threads
+    found = map_cells(decode, cells)
+    assert all(np.array_equal(pixels, expected) for (pixels, _), expected in zip(found, noise, strict=True))
+    assert {thread for _, thread in found[::2]} == {threading.current_thread()}
+    assert threading.current_thread() not in {thread for _, thread in found[1::2]}
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_forked_process_decodes_in_threads_of_its_own():
+    """As those of accelerate's notebook_launcher, started after images were looked at."""
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 200), np.uint8)
+    cells = [{"bytes": encoded(Image.fromarray(pixels)), "path": None}] * 8
+
+    def decode():
+        assert all(
+            np.array_equal(image, pixels) for image in map_cells(lambda cell: np.asarray(open_image(cell)), cells)
+        )
+
+    decode()
+    child = multiprocessing.get_context("fork").Process(target=decode)
+    child.start()
+    child.join(60)
+    child.kill()
+    assert child.exitcode == 0
+
+
+def test_small_files_in_a_zip_file_are_decoded_without_threads_too(tmp_path):
+    file = shutil.make_archive(
+        str(tmp_path / "images"), "zip", folder(tmp_path / "images", image(seed=0), image(seed=1))
+    )
+    cells = [{"bytes": None, "path": f"zip://{name}::{file}"} for name in ("0.png", "1.png", "missing.png")]
+    found = map_cells(lambda cell: (np.asarray(open_image(cell)), threading.current_thread()), cells)
+    for seed, (pixels, thread) in enumerate(found[:2]):
+        assert np.array_equal(pixels, np.asarray(image(seed=seed))) and thread is threading.current_thread()
+    assert isinstance(found[2], Unreadable)
 
 
 def test_what_fails_in_threads_stands_in_its_place(tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from broken_images import encoded
 from PIL import Image
 
@@ -77,6 +78,35 @@ def test_listed_images_are_those_of_imagefolder_in_its_order_with_its_labels(tmp
         assert rows(listed[split]) == rows(dataset)
 
 
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_zip_file_is_read_as_the_folder_it_was_made_of(tmp_path, kind):
+    folder = make_folder(tmp_path / "images", *FOLDERS[kind])
+    expected = list_images(folder)
+    archive = Path(shutil.make_archive(str(tmp_path / "zipped"), "zip", folder))
+    listed = list_images(archive)
+    assert list(listed) == list(expected)
+    for split, dataset in expected.items():
+        assert listed[split].features == dataset.features
+        in_folder = [row | {"image": os.path.relpath(row["image"], folder)} for row in rows(dataset)]
+        assert rows(listed[split]) == [row | {"image": f"zip://{row['image']}::{archive}"} for row in in_folder]
+
+
+@pytest.mark.parametrize("load", [load_images, stream_images])
+def test_a_zip_file_with_class_subfolders_has_labels(tmp_path, load):
+    folder = make_folder(tmp_path / "images", "cat/1.png", "dog/1.png", "dog/2.png")
+    data = load(shutil.make_archive(str(tmp_path / "zipped"), "zip", folder), with_labels=True)
+    assert data.class_names == ("cat", "dog") and data.shape == (1, 4, 4)
+    images, labels = data.take(torch.arange(3)) if load is load_images else data.decode(list(data.rows))
+    assert images[:, 0, 0, 0].tolist() == [0, 1, 2] and labels.tolist() == [0, 1, 1]
+
+
+def test_metadata_in_a_zip_file_is_read(tmp_path):
+    folder = make_folder(tmp_path / "images", "a.png", "b.png")
+    (folder / "metadata.csv").write_text("file_name,kind\na.png,x\nb.png,y\n")
+    file = shutil.make_archive(str(tmp_path / "zipped"), "zip", folder)
+    assert load_images(file, with_labels=True, label_column="kind").class_names == ("x", "y")
+
+
 @pytest.mark.parametrize(
     "names",
     [
@@ -123,6 +153,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (folder / "circle").symlink_to(folder)
     (folder / "link").symlink_to(outside)
     (folder / "nowhere.png").symlink_to(tmp_path / "missing.png")
+    (folder / "itself.png").symlink_to(folder / "itself.png")
     found = [os.path.relpath(row["image"], folder) for row in rows(open_dataset(str(folder)))]
     assert found == ["a.png", "link/b.png"]
 
@@ -168,6 +199,13 @@ def test_a_part_of_a_split_is_taken(tmp_path, form):
     assert data.images[:, 0, 0, 0].tolist() == [1, 2]
 
 
+def test_a_part_without_rows_is_one_sentence(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"split='train\[5:9\]' could not be read: it names no rows of train \(4 rows\)"
+    ):
+        load_images(_single(tmp_path, "folder"), "train[5:9]")
+
+
 def test_splits_of_a_saved_dataset_are_named_added_and_told_where_one_is_missing(tmp_path):
     table = make_table()
     saved = datasets.DatasetDict(train=table, test=table.select([3]))
@@ -195,11 +233,14 @@ def test_floats_are_no_classes(tmp_path, values):
         (["a", None, "b"], datasets.Value("string")),
         ([0, -1, 1], datasets.ClassLabel(names=["a", "b"])),
         ([0, None, 1], datasets.ClassLabel(names=["a", "b"])),
+        ([0, 2, 1], datasets.ClassLabel(names=["a", "b"])),
     ],
 )
-def test_rows_without_a_label_are_told(values, feature):
-    table = datasets.Dataset.from_dict({"kind": values}, features=datasets.Features(kind=feature))
-    with pytest.raises(ValueError, match="label_column='kind' has no label in 1 of 3 rows, the first of them row 1"):
+def test_rows_without_the_label_of_a_class_are_told(values, feature):
+    table = datasets.Dataset.from_dict({"kind": values}).cast_column("kind", datasets.Value(feature.dtype))
+    table = datasets.Dataset(table.data, info=datasets.DatasetInfo(features=datasets.Features(kind=feature)))
+    sentence = rf"label_column='kind' has no label of its 2 classes in 1 of 3 rows, .* row 1 \({values[1]}\)"
+    with pytest.raises(ValueError, match=sentence):
         read_labels(table, "kind")
 
 
@@ -255,6 +296,21 @@ def _empty_parquet(path):
     return str(path / "data.parquet")
 
 
+def _empty_shard(path):
+    parquet(path)
+    pyarrow.parquet.write_table(pyarrow.table({"image": pyarrow.array([], pyarrow.binary())}), path / "empty.parquet")
+    return str(path)
+
+
+def _cut_shard(path):
+    for name in ("0.tar", "1.tar"):
+        shutil.copy(_tar(path), path / name)
+    (path / "data.tar").unlink()
+    shutil.rmtree(path / "images")
+    _cut(path / "1.tar", 0.1)  # 1024 of its 10240 bytes: the first of its files
+    return str(path)
+
+
 def _nulls(path):
     cells = pyarrow.array([None, {"bytes": None, "path": None}], pyarrow.struct({"bytes": "binary", "path": "string"}))
     pyarrow.parquet.write_table(pyarrow.table({"image": cells}), path / "data.parquet")
@@ -305,7 +361,9 @@ def _bad_metadata(path):
         (lambda path: str(_filled(path / "data.tar", b"x" * 5000 + bytes(1024))), "data.tar.*not be read: ReadError"),
         (lambda path: _cut(parquet(path), 0.5), "data.parquet.*could not be read: .*[Pp]arquet"),
         (lambda path: _cut(parquet(path), 0), "data.parquet.*could not be read: .*0 bytes"),
-        (_empty_parquet, "data.parquet.*could not be read|none of its columns holds images"),
+        (_empty_parquet, "data.parquet has no rows"),
+        (_empty_shard, "empty.parquet has no rows; remove it"),
+        (_cut_shard, "1.tar is truncated or compressed"),
         (_nulls, "could not be read: it has no image that can be read in 2 rows; the first is .*there is no image"),
         (_saved_without_its_table, "saved.*could not be read: .*No such file"),
         (_run_folder, "run' is the folder of a training run; give a folder of images"),

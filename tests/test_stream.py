@@ -143,14 +143,12 @@ def test_the_first_readable_image_tells_size_and_channels(tmp_path):
         stream_images(raw_parquet(tmp_path, *contents[:2]))
 
 
-@pytest.mark.parametrize("missing", [None, -1])
-def test_a_row_without_a_label_gives_way_to_the_next_one(tmp_path, missing):
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["even", "odd"]))
-    rows = {"image": [picture(n) for n in range(4)], "label": [0, missing, 0, 1]}
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data.parquet")
-    stream = stream_images(str(tmp_path / "data.parquet"), with_labels=True)
-    with pytest.warns(UserWarning, match="there is no label"):
-        images, labels = stream.decode(list(stream.rows))
+@pytest.mark.parametrize("missing", [None, -1, 2])
+def test_a_row_without_the_label_of_a_class_gives_way_to_the_next_one(tmp_path, missing):
+    stream = stream_images(parquet(tmp_path, range(4)), with_labels=True)
+    rows = [row | {"label": missing if number == 1 else number // 3} for number, row in enumerate(stream.rows)]
+    with pytest.warns(UserWarning, match=rf"there is no label of a class \({missing}\)"):
+        images, labels = stream.decode(rows)
     assert images[:, 0, 0, 0].tolist() == [0, 2, 2, 3] and labels.tolist() == [0, 0, 0, 1]
 
 
