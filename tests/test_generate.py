@@ -26,8 +26,9 @@ import ddpm_pipe
 from ddpm_pipe import DDIMScheduler, DDPMPipeline, DDPMScheduler, DDPMUNet2DModel
 from ddpm_pipe.config import parse
 from ddpm_pipe.data.memory import load_images
-from ddpm_pipe.sampling.generate import FORMATS, GenerateConfig, generate, parse_seeds
-from ddpm_pipe.sampling.protocol import ALIASES, SCHEDULERS, pipeline_for, protocol, sample_images
+from ddpm_pipe.sampling.config import ALIASES, SCHEDULERS, GenerateConfig, parse_seeds
+from ddpm_pipe.sampling.generate import FORMATS, generate
+from ddpm_pipe.sampling.protocol import pipeline_for, protocol, sample_images
 
 SIZE, CLASSES, STEPS = 8, 3, 20
 NETWORKS = {
