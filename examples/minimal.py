@@ -1,7 +1,7 @@
 """A training loop to copy and change: DDPM's Algorithm 1 on the bundled pictures, on public parts of the package.
 
-`python examples/minimal.py [steps] [folder]` trains, saves a pipeline, loads it and draws a grid. What the real loop adds
-is in ddpm_pipe/training/loop.py: processes, checkpoints, exact resumption, logs.
+`python examples/minimal.py [steps] [folder]` trains, saves a pipeline, loads it and draws a grid. The real loop, in
+ddpm_pipe/training/loop.py, adds processes, checkpoints, exact resumption and logs.
 """
 
 import sys

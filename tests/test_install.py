@@ -39,7 +39,9 @@ def test_the_wheel_in_an_empty_environment_has_the_commands(repo, tmp_path):
     place = run(python, "-c", "import ddpm_pipe; print(ddpm_pipe.__file__)", cwd=tmp_path).strip()
     assert Path(place).is_relative_to(site)
     told = run(python, site / "bin" / "ddpm-pipe", "--help", cwd=tmp_path)
-    assert all(command in told for command in ("train", "generate", "evaluate", "average", "push", "convert", "cifar10"))
+    assert all(
+        command in told for command in ("train", "generate", "evaluate", "average", "push", "convert", "cifar10")
+    )
     flags = ["--data", repo / "examples" / "fashion_mnist", "--split", "test", "--steps", "2", "--batch_size", "4"]
     small = ["--resolution", "8", "--num_samples", "10", "--sample_steps", "2", "--tracker", "none"]
     run(python, "-m", "ddpm_pipe", "train", "fashion_mnist", *flags, *small, "--output_dir", "run", cwd=tmp_path)
