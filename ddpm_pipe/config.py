@@ -181,10 +181,14 @@ def _choices(kind: Any) -> list[str]:
 
 def _arity(name: str, field: FieldInfo) -> dict[str, Any]:
     """How many values a flag takes: a truth may be left out, a list may have several."""
-    kinds = str(field.annotation)
-    if "bool" in kinds:
+    if _mentions(field.annotation, bool):
         return {"nargs": "?", "const": "true", "metavar": "true|false"}
-    return {"nargs": "+" if "list" in kinds else None, "metavar": name.upper()}
+    return {"nargs": "+" if _mentions(field.annotation, list) else None, "metavar": name.upper()}
+
+
+def _mentions(annotation: Any, kind: type) -> bool:
+    """Whether a type is another one, a union with it, or made of it."""
+    return kind in (annotation, get_origin(annotation)) or any(_mentions(part, kind) for part in get_args(annotation))
 
 
 def parse(config_class: type[C], argv: Sequence[str], prog: str | None = None, **defaults: Any) -> C:
