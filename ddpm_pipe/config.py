@@ -161,8 +161,7 @@ def make_parser(config_class: type[Config], prog: str | None = None) -> _Parser:
         group = parser.add_argument_group(heading)
         for name in names:
             field = config_class.model_fields[name]
-            flags = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-            group.add_argument(*flags, dest=name, help=_help(field), **_arity(name, field))
+            group.add_argument(f"--{name}", help=_help(field), **_arity(name, field))
     return parser
 
 
@@ -191,6 +190,12 @@ def _mentions(annotation: Any, kind: type) -> bool:
     return kind in (annotation, get_origin(annotation)) or any(_mentions(part, kind) for part in get_args(annotation))
 
 
+def _underscored(word: str) -> str:
+    """A flag with - in its name as the one with _."""
+    flag, equals, value = word.partition("=")
+    return flag.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
+
+
 def parse(config_class: type[C], argv: Sequence[str], prog: str | None = None, **defaults: Any) -> C:
     """Make a config of: a file named by the first argument, then flags (which win), then `defaults`.
 
@@ -210,7 +215,7 @@ def parse(config_class: type[C], argv: Sequence[str], prog: str | None = None, *
         unknown = [str(key) for key in values if key not in known]
         if unknown:
             raise ValueError(f"{path} has unknown keys: {', '.join(unknown)}; known are {', '.join(known)}.")
-    given, rest = make_parser(config_class, prog).parse_known_args(argv)
+    given, rest = make_parser(config_class, prog).parse_known_args([_underscored(word) for word in argv])
     if rest:
         raise ValueError(f"unknown arguments: {' '.join(rest)}; known are --{', --'.join(known)}.")
     return config_class(**values | vars(given))
