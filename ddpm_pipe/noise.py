@@ -2,7 +2,7 @@
 
 Pure functions on tensors, torch only. Tables are float64 of shape (T,). A coefficient, `alpha_bar` for one, is a number
 or a 0-d tensor (the whole batch at one noise level) or of shape (B,) (one per image), and multiplies images of shape
-(B, Coefficient, H, W). The formulas are the same; with numbers nothing is computed on the device but the images.
+(B, C, H, W). The formulas are the same; with numbers nothing is computed on the device but the images.
 """
 
 import math

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from ddpm_pipe.run.checkpoint import Checkpoints
 from ddpm_pipe.run.folder import Run
 from ddpm_pipe.training.config import TrainConfig
+from ddpm_pipe.training.draws import Draws, micro_batches
 
 REPO = Path(__file__).parent.parent
 NETWORK = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "attention_types": "none"}
@@ -53,7 +55,7 @@ def write_config(config: TrainConfig) -> str:
 
 def final_state(config: TrainConfig, step: int | None = None) -> dict[str, torch.Tensor]:
     """All tensors of the last checkpoint, or of that of `step`: weights, averages and optimizer."""
-    checkpoints = Checkpoints(Path(config.output_dir))
+    checkpoints = Checkpoints(Run(config.output_dir))
     folder = checkpoints.run.checkpoint(checkpoints.steps()[-1] if step is None else step)
     tensors = {
         f"{name}.{k}": v for name in ("unet", "ema") for k, v in load_file(folder / f"{name}.safetensors").items()
@@ -73,6 +75,17 @@ def assert_same(first: dict, second: dict, **tolerance) -> None:
 def loss_curve(config: TrainConfig) -> list[tuple[int, float]]:
     """Step and loss of every entry of metrics.jsonl that has a loss."""
     return [(entry["step"], entry["loss"]) for entry in Run(config.output_dir).read_metrics() if "loss" in entry]
+
+
+def draw_parts(
+    config: TrainConfig, step: int, probabilities: torch.Tensor, shape: tuple[int, ...] = (1, 1, 1), processes: int = 1
+) -> list[Draws]:
+    """What is drawn for each part of the batch of a step, in the order of the batch, by all processes together."""
+    parts = {}
+    for rank in range(processes):
+        process = SimpleNamespace(device=torch.device("cpu"), num_processes=processes, process_index=rank)
+        parts |= {part.start: draws for part, draws in micro_batches(config, process, probabilities, step, shape)}
+    return [parts[start] for start in sorted(parts)]
 
 
 def launch(*argv: str, processes: int) -> subprocess.CompletedProcess:

@@ -87,7 +87,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
         save(checkpoints, 2)
     assert checkpoints.steps() == [1]
     assert_loads(checkpoints, 1)
-    assert not list(checkpoints.folder.glob(".*")), "nothing half-written is left"
+    assert not list(checkpoints.run.checkpoints.glob(".*")), "nothing half-written is left"
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path):
@@ -186,7 +186,7 @@ def test_a_version_that_was_half_deleted_is_never_put_back(tmp_path, monkeypatch
 def test_what_a_killed_writer_left_is_ignored_and_cleaned(tmp_path):
     checkpoints = Checkpoints(Run(tmp_path))
     save(checkpoints, 1)
-    half = checkpoints.folder / ".step-00000002.new"
+    half = checkpoints.run.checkpoints / ".step-00000002.new"
     half.mkdir()
     (half / "unet.safetensors").write_bytes(b"half")
     assert_loads(checkpoints, 1)

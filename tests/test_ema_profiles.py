@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import one_sentence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import make_recipe
@@ -20,9 +21,11 @@ from scipy.integrate import quad
 from torch import nn
 
 from ddpm_pipe import DDPMPipeline
+from ddpm_pipe.run.folder import Run
 from ddpm_pipe.training import posthoc
-from ddpm_pipe.training.config import AverageConfig, TrainConfig, train
+from ddpm_pipe.training.config import AverageConfig, TrainConfig
 from ddpm_pipe.training.ema import EMA, posthoc_coefficients, power_decay, power_exponent, profile_products
+from ddpm_pipe.training.loop import train
 from ddpm_pipe.training.posthoc import reconstruct
 
 reliable = settings(deadline=None, derandomize=True, database=None)
@@ -198,11 +201,9 @@ def test_a_rebuilt_average_of_a_random_walk_is_the_one_tracked(random_walk, sigm
 
 
 def make_run(folder: Path, **options) -> Path:
-    """A run of 40 steps with ten snapshots of each width; without its report, for time."""
+    """A run of 40 steps with ten snapshots of each width."""
     defaults = {"steps": 40, "learning_rate": 4e-3, "sample_every": 0, "save_every": 4, "ema_sigma_rel": list(TRACKED)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ddpm_pipe.training.loop.write_report", lambda run: None)
-        train(make_recipe(folder, **(defaults | options)))
+    train(make_recipe(folder, **(defaults | options)))
     AcceleratorState._reset_state(reset_partial_state=True)
     return folder
 
@@ -237,7 +238,7 @@ def test_what_is_tracked_does_not_change_the_run(pair):
 
 
 @a_real_run
-def test_the_example_writes_pipelines_of_tracked_and_other_widths(pair, repo):
+def test_the_command_writes_pipelines_of_tracked_and_other_widths(pair, repo):
     command = [sys.executable, "-m", "ddpm_pipe", "average", "--run", str(pair.tracked), "--sigma-rel", "0.05,0.15"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=repo, env=environment, capture_output=True, text=True, timeout=600)
@@ -248,21 +249,21 @@ def test_the_example_writes_pipelines_of_tracked_and_other_widths(pair, repo):
         pipeline.set_progress_bar_config(disable=True)
         images = pipeline(2, torch.Generator().manual_seed(0), output_type="pt").images
         assert images.shape == (2, 1, 8, 8) and images.isfinite().all()
-        assert distance(pipeline.unet.state_dict(), reconstruct(pair.tracked, float(width))[0]) == 0
+        assert distance(pipeline.unet.state_dict(), reconstruct(Run(pair.tracked), float(width))[0]) == 0
     assert "sigma_rel 0.05, error of its profile 0.00%" in done.stdout
 
 
 @a_real_run
 @pytest.mark.parametrize("width", TRACKED)
 def test_a_tracked_average_comes_back(pair, width):
-    rebuilt, tracked = reconstruct(pair.tracked, width)[0], last(pair.tracked, f"ema-{width}")
+    rebuilt, tracked = reconstruct(Run(pair.tracked), width)[0], last(pair.tracked, f"ema-{width}")
     for name in tracked:
         torch.testing.assert_close(rebuilt[name], tracked[name], rtol=1e-6, atol=1e-7)
 
 
 @a_real_run
 def test_an_average_that_ends_earlier_is_made_of_earlier_snapshots(pair):
-    rebuilt, _ = reconstruct(pair.tracked, 0.1, step=20)
+    rebuilt, _ = reconstruct(Run(pair.tracked), 0.1, step=20)
     stored = load_file(pair.tracked / "ema" / "step-00000020" / "0.1.safetensors")
     assert distance(rebuilt, stored) < 1e-6 * distance(stored, {name: 0 * tensor for name, tensor in stored.items()})
     assert distance(rebuilt, last(pair.tracked, "ema-0.1")) > 0.1
@@ -271,7 +272,7 @@ def test_an_average_that_ends_earlier_is_made_of_earlier_snapshots(pair):
 @a_real_run
 def test_an_average_that_was_not_tracked_is_near_the_one_that_would_have_been(pair):
     """Within 0.02 % of all weights, and 2 % of the way to the nearest one that was tracked."""
-    rebuilt, direct = reconstruct(pair.tracked, 0.15)[0], last(pair.third, "ema-0.15")
+    rebuilt, direct = reconstruct(Run(pair.tracked), 0.15)[0], last(pair.third, "ema-0.15")
     error = distance(rebuilt, direct)
     assert error < 2e-4 * distance(direct, {name: 0 * tensor for name, tensor in direct.items()})
     assert error < 0.02 * distance(last(pair.tracked, "ema-0.1"), direct)
@@ -291,16 +292,16 @@ def test_a_run_averages_its_weights_with_those_of_the_profile(tmp_path):
 def test_snapshots_are_taken_when_the_config_says(tmp_path, every, expected):
     """And at the end; also between checkpoints."""
     run = make_run(tmp_path / "run", steps=6, save_every=3, ema_snapshot_every=every)
-    assert sorted(int(path.name.split("-")[1]) for path in (run / "ema").iterdir()) == expected
+    assert Run.steps(run / "ema") == expected
 
 
 # ---------------------------------------------------------------- what cannot work
 
 
-def refusal(run: Path, **options) -> str:
-    with pytest.raises(ValueError) as error:
+def refuses(run: Path, *parts: str, **options):
+    """Averages of this run are refused in one sentence with these parts."""
+    with one_sentence(*parts):
         posthoc.average(AverageConfig(run=str(run), **options))
-    return str(error.value)
 
 
 @pytest.fixture
@@ -313,38 +314,31 @@ def stored(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("text", ["", "wide", "0.05;0.1", "0.05,", "0.05 0.1"])
-def test_widths_that_are_no_numbers_are_one_sentence(stored, text):
-    assert refusal(stored, sigma_rel=text) == f"sigma_rel={text!r} must be numbers with commas between, as 0.05,0.10."
+@pytest.mark.parametrize("text", ["", "wide", "0.05;0.1", "0.05,", "0.05 0.1", "0.3", "0", "-0.1", "nan"])
+def test_a_width_that_cannot_be_is_one_sentence(stored, text):
+    refuses(stored, "sigma_rel=", sigma_rel=text)
 
 
-@pytest.mark.parametrize("text", ["0.3", "0", "-0.1", "nan"])
-def test_a_width_out_of_range_is_one_sentence(stored, text):
-    assert refusal(stored, sigma_rel=text) == f"sigma_rel={float(text)} must lie in (0, 0.2887]."
-
-
-@pytest.mark.parametrize("step", [0, 1, 3, 5])
+@pytest.mark.parametrize("step", [1, 3, 5])
 def test_a_step_without_a_snapshot_names_those_that_have_one(stored, step):
-    assert refusal(stored, sigma_rel="0.1", step=step) == f"step={step} has no snapshot; there are snapshots at 2, 4."
+    refuses(stored, f"step={step} has no snapshot; there are snapshots at 2, 4.", sigma_rel="0.1", step=step)
 
 
 @pytest.mark.parametrize("folder", ["run", "nowhere"])
 def test_a_run_without_snapshots_is_one_sentence(tmp_path, folder):
     (tmp_path / "run" / "ema").mkdir(parents=True)
     run = tmp_path / folder
-    expected = f"run='{run}' has no snapshots in {run / 'ema'}; train with ema_sigma_rel set."
-    assert refusal(run, sigma_rel="0.1") == expected
+    refuses(run, f"run='{run}' has no snapshots in {run / 'ema'}; train with ema_sigma_rel set.", sigma_rel="0.1")
 
 
 def test_snapshots_without_a_pipeline_are_one_sentence(stored):
-    message = refusal(stored, sigma_rel="0.1")
-    assert str(stored) in message and "\n" not in message
+    refuses(stored, f"run='{stored}' has no pipeline", sigma_rel="0.1")
 
 
 @pytest.mark.parametrize("width", [0.0, 0.3])
 def test_training_refuses_a_width_that_no_profile_has(width):
-    with pytest.raises(ValueError, match=f"sigma_rel={width} must lie in"):
-        TrainConfig(data="", ema_sigma_rel=[0.05, width])
+    with one_sentence(f"ema_sigma_rel={width} must be"):
+        TrainConfig(data="x", ema_sigma_rel=[0.05, width])
 
 
 @a_real_run
@@ -355,7 +349,7 @@ def test_weights_that_are_not_finite_are_refused_and_what_was_written_stays(pair
     bad = run / "ema" / "step-00000040" / "0.05.safetensors"
     save_file({name: torch.full_like(tensor, float("nan")) for name, tensor in load_file(bad).items()}, bad)
     (bad.parent / "manifest.json").unlink()
-    assert refusal(run, sigma_rel="0.1,0.12") == f"the snapshot {bad} holds numbers that are not finite."
+    refuses(run, f"the snapshot {bad} holds numbers that are not finite.", sigma_rel="0.1,0.12")
     assert distance(before, load_file(written / "unet" / "diffusion_pytorch_model.safetensors")) == 0
     assert not (run / "ema-0.12").exists()
 
@@ -374,8 +368,7 @@ def test_a_damaged_snapshot_is_one_sentence_and_nothing_is_written(pair, tmp_pat
         (folder / "0.05.safetensors").unlink()
     else:
         (folder / "manifest.json").write_text("[]")
-    message = refusal(run, sigma_rel="0.1")
-    assert str(folder) in message and "\n" not in message
+    refuses(run, str(folder), sigma_rel="0.1")
     assert not (run / "ema-0.1").exists()
 
 
@@ -384,7 +377,7 @@ def test_snapshots_of_earlier_versions_have_no_checksums(pair, tmp_path):
     run = shutil.copytree(pair.tracked, tmp_path / "run")
     for manifest in run.glob("ema/*/manifest.json"):
         manifest.unlink()
-    assert distance(reconstruct(run, 0.15)[0], reconstruct(pair.tracked, 0.15)[0]) == 0
+    assert distance(reconstruct(Run(run), 0.15)[0], reconstruct(Run(pair.tracked), 0.15)[0]) == 0
 
 
 @a_real_run
@@ -393,7 +386,7 @@ def test_a_snapshot_without_checksums_that_cannot_be_read_is_one_sentence(pair, 
     bad = run / "ema" / "step-00000020" / "0.05.safetensors"
     bad.write_bytes(b"short")
     (bad.parent / "manifest.json").unlink()
-    assert refusal(run, sigma_rel="0.1").startswith(f"the snapshot {bad} cannot be read (")
+    refuses(run, f"the snapshot {bad} cannot be read (", sigma_rel="0.1")
 
 
 @a_real_run
@@ -402,11 +395,10 @@ def test_snapshots_of_another_network_are_one_sentence(pair, tmp_path):
     for path in run.glob("ema/*/*.safetensors"):
         save_file({"weight": torch.ones(1)}, path)
         (path.parent / "manifest.json").unlink(missing_ok=True)
-    expected = f"the snapshots in {run / 'ema'} are of another network than {run / 'pipeline'}."
-    assert refusal(run, sigma_rel="0.1") == expected
+    refuses(run, f"the snapshots in {run / 'ema'} are of another network than {run / 'pipeline'}.", sigma_rel="0.1")
     odd = run / "ema" / "step-00000020" / "0.05.safetensors"
     save_file({"weight": torch.ones(2)}, odd)
-    assert refusal(run, sigma_rel="0.1") == f"the snapshot {odd} is of another network than those before it."
+    refuses(run, f"the snapshot {odd} is of another network than those before it.", sigma_rel="0.1")
 
 
 @a_real_run

@@ -170,9 +170,8 @@ OPTIONS = {
 
 
 @pytest.fixture
-def learned(recipe, monkeypatch):
-    """A run of four steps with learned variance; without its report, for time."""
-    monkeypatch.setattr("ddpm_pipe.training.loop.write_report", lambda run: None)
+def learned(recipe):
+    """A run of four steps with learned variance."""
     defaults = {"variance_type": "learned_range", "steps": 4, "sample_every": 0, "num_samples": 2, "ema_sigma_rel": []}
     return lambda folder="run", **options: recipe(folder, **(defaults | options))
 

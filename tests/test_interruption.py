@@ -61,11 +61,11 @@ def test_a_signal_stops_a_run_that_then_goes_on_to_the_same_end(lives, few_image
     assert life.wait() == 75, "EX_TEMPFAIL of sysexits.h"
     assert "Traceback" not in life.errors
 
-    (step,) = Checkpoints(Run(tmp_path) / "run").steps()
+    (step,) = Checkpoints(Run(tmp_path / "run")).steps()
     assert 3 <= step < config.steps
-    assert life.output.splitlines()[-1] == f"stopped at step {step}; go on with --resume."
+    assert life.output.splitlines()[-1] == f"stopped at step {step}; resume with --resume."
     assert life.output.count("stopped") == 1
-    assert Checkpoints(Run(tmp_path) / "run").load()[0] == step
+    assert Checkpoints(Run(tmp_path / "run")).load()[0] == step
     assert loss_curve(config) == loss_curve(whole)[:step], "nothing was trained that was not saved"
 
     lives.complete(write_config(config), "--resume")
@@ -98,7 +98,7 @@ def test_two_processes_stop_together_when_one_is_asked(lives, few_images, tmp_pa
     wait_for_step(config, 3, ranks[0])
     ranks[asked].signal(signal.SIGTERM)
     assert [life.wait() for life in ranks] == [75, 75], ranks[0].errors
-    (step,) = Checkpoints(Run(tmp_path) / "run").steps()
+    (step,) = Checkpoints(Run(tmp_path / "run")).steps()
     assert step % 3 == 0, "they ask each other when they log"
     assert [life.output.count(f"stopped at step {step}") for life in ranks] == [1, 0]
 
@@ -114,7 +114,7 @@ def test_what_the_tracker_was_given_before_the_stop_is_on_disk(lives, few_images
     life.signal(signal.SIGTERM)
     assert life.wait() == 75
     events = EventAccumulator(str(tmp_path / "run" / "logs")).Reload()
-    (step,) = Checkpoints(Run(tmp_path) / "run").steps()
+    (step,) = Checkpoints(Run(tmp_path / "run")).steps()
     assert [event.step for event in events.Scalars("loss")] == list(range(1, step + 1))
 
 
@@ -164,9 +164,9 @@ def test_a_run_whose_launcher_or_trainer_is_asked_to_stop_saves_and_ends(
     while not ended(trainer):
         assert time.monotonic() < end, "nobody is left to end it"
         time.sleep(0.01)
-    (step,) = Checkpoints(Run(tmp_path) / "run").steps()
+    (step,) = Checkpoints(Run(tmp_path / "run")).steps()
     assert 3 <= step < config.steps
-    assert f"stopped at step {step}; go on with --resume." in (tmp_path / "output").read_text()
+    assert f"stopped at step {step}; resume with --resume." in (tmp_path / "output").read_text()
     lives.complete(write_config(config), "--resume")
     assert_same(final_state(whole), final_state(config))
 
@@ -186,7 +186,7 @@ def test_two_processes_end_with_their_launcher(few_images, tmp_path):
     while not all(ended(process) for process in processes):
         assert time.monotonic() < end, "nobody is left to end them"
         time.sleep(0.01)
-    (step,) = Checkpoints(Run(tmp_path) / "run").steps()
+    (step,) = Checkpoints(Run(tmp_path / "run")).steps()
     assert len(processes) == 2 and step % 3 == 0
 
 
@@ -255,7 +255,7 @@ def test_a_run_asked_to_stop_in_its_last_step_is_a_finished_run(recipe, monkeypa
             train(config)
     else:
         train(config)
-    assert Checkpoints(Path(config.output_dir)).steps() == [at]
+    assert Checkpoints(Run(config.output_dir)).steps() == [at]
 
 
 def test_the_pipeline_of_a_stopped_run_is_that_of_its_last_step(recipe, monkeypatch):
@@ -266,5 +266,5 @@ def test_the_pipeline_of_a_stopped_run_is_that_of_its_last_step(recipe, monkeypa
     with pytest.raises(Interrupted):
         train(config)
     weights = DDPMPipeline.from_pretrained(Path(config.output_dir) / "pipeline").unet.state_dict()
-    _, saved, _ = Checkpoints(Path(config.output_dir)).load()
+    _, saved, _ = Checkpoints(Run(config.output_dir)).load()
     assert all(torch.equal(weights[name], saved["ema"][name]) for name in saved["ema"])

@@ -62,7 +62,7 @@ def files(config: TrainConfig, part: str) -> dict[str, str]:
 
 def newest(config: TrainConfig) -> int:
     """The step of the newest checkpoint."""
-    return max(Checkpoints(Path(config.output_dir)).steps(), default=0)
+    return max(Checkpoints(Run(config.output_dir)).steps(), default=0)
 
 
 def kill_in_time(lives, config: TrainConfig, argv: list[str], chance: random.Random) -> str:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import one_sentence
 
 from ddpm_pipe.cli import PRESETS
 from ddpm_pipe.config import parse
@@ -75,24 +76,20 @@ def test_scheduler_has_every_choice_of_the_config():
     assert {key: config[key] for key in chosen} == chosen
 
 
-@pytest.mark.parametrize(
-    ("unet", "data", "sentence"),
-    [
-        (
-            {"_class_name": "UNet3D"},
-            images(),
-            "unet._class_name='UNet3D' is unknown; use one of DDPMUNet2DModel, UNet2DModel",
-        ),
-        ({"block_channels": [8]}, images(), "unet='block_channels' is unknown; use one of sample_size"),
-        ({"_class_name": ["UNet2DModel"]}, images(), "unet._class_name=.'UNet2DModel'. must be a text"),
-        ({"block_out_channels": "wide"}, images(), "unet.block_out_channels='wide' must be a list of whole numbers"),
-        ({**SMALL, "dropout": None}, images(), "unet.dropout=None must be a finite number"),
-        ({**STOCK, "layers_per_block": 1.5}, images(), "unet.layers_per_block=1.5 must be a whole number"),
-        ({**SMALL, "in_channels": 3}, images(channels=1), "unet.in_channels=3, but the data give 1"),
-        (STOCK, images(height=9), "images of 8x9 do not suit a UNet2DModel of 2 levels: .* multiples of 2"),
-        ({**SMALL, "block_out_channels": [8, 8, 8, 8, 8]}, images(), "images of 8x8 are too small for 5 levels"),
-    ],
-)
+IMPOSSIBLE = [
+    ({"_class_name": "UNet3D"}, {}, "unet._class_name='UNet3D' is unknown; use one of DDPMUNet2DModel, UNet2DModel."),
+    ({"_class_name": ["UNet2DModel"]}, {}, "unet._class_name=['UNet2DModel'] is unknown"),
+    ({"block_channels": [8]}, {}, "unet='block_channels' is unknown; use one of sample_size"),
+    ({"block_out_channels": "wide"}, {}, "unet.block_out_channels='wide' must be a valid tuple."),
+    ({**SMALL, "dropout": None}, {}, "unet.dropout=None must be a valid number."),
+    ({**STOCK, "layers_per_block": 1.5}, {}, "unet.layers_per_block=1.5 must be a valid integer"),
+    ({**SMALL, "in_channels": 3}, {"channels": 1}, "unet.in_channels=3, but the data give 1."),
+    (STOCK, {"height": 9}, "images of 8x9 do not suit a UNet2DModel of 2 levels"),
+    ({**SMALL, "block_out_channels": [8, 8, 8, 8, 8]}, {}, "images of 8x8 are too small for 5 levels"),
+]
+
+
+@pytest.mark.parametrize(("unet", "data", "sentence"), IMPOSSIBLE)
 def test_impossible_networks_are_one_sentence(unet, data, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        make_unet(recipe(unet), data)
+    with one_sentence(sentence):
+        make_unet(recipe(unet), images(**data))

@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from broken_images import BROKEN, encoded
+from conftest import one_sentence
 from PIL import Image
 
 from ddpm_pipe.data.memory import load_images
@@ -54,9 +55,9 @@ def test_a_batch_is_a_function_of_seed_and_step_whatever_was_read_before(stream)
     assert forward[0] != numbers(StreamBatches(stream, 4, seed=4)(0, slice(0, 4))[0])
 
 
-def test_parts_make_up_the_batch_with_labels_and_flips(stream):
-    whole, labels = StreamBatches(stream, 6, seed=0, flip=True)(2, slice(0, 6))
-    parts = [StreamBatches(stream, 6, seed=0, flip=True)(2, slice(start, start + 2)) for start in (0, 2, 4)]
+def test_parts_make_up_the_batch_with_labels(stream):
+    whole, labels = StreamBatches(stream, 6, seed=0)(2, slice(0, 6))
+    parts = [StreamBatches(stream, 6, seed=0)(2, slice(start, start + 2)) for start in (0, 2, 4)]
     assert torch.equal(whole, torch.cat([x0 for x0, _ in parts]))
     assert torch.equal(labels, torch.cat([part for _, part in parts]))
     assert labels.tolist() == [number % 2 for number in numbers(whole)]
@@ -167,11 +168,11 @@ def test_broken_images_are_not_held_out(tmp_path):
         (10, "holdout=10 must leave some of the 10 images to train on"),
         (11, "holdout=11 must leave some of the 10 images to train on"),
         (-1, "holdout=-1 must be at least 0"),
-        (10**15, "holdout=1000000000000000: .* takes .* GiB of memory, and .* are free"),
+        (10**15, "holdout=1000000000000000: ... GiB of memory, and"),
     ],
 )
 def test_a_holdout_that_leaves_nothing_is_one_sentence(stream, count, sentence):
-    with pytest.raises(ValueError, match=sentence):
+    with one_sentence(*sentence.split(" ... ")):
         stream.hold_out(count, seed=0)
 
 
@@ -208,13 +209,13 @@ def test_other_sizes_are_made_to_fit_the_first(tmp_path):
         ({"image_column": "picture"}, "image_column='picture' is not in the data"),
         ({"with_labels": True, "label_column": "number"}, "label_column='number' must be of the class-label type"),
         ({"split": "dev"}, "split='dev' could not be read"),
-        ({"resolution": [10**6]}, r"resolution=\[1000000\].* takes .* GiB of memory, and .* are free"),
+        ({"resolution": [10**6]}, "resolution=[1000000] ... GiB of memory, and"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, options, sentence):
     table = datasets.Dataset.from_dict({"image": [picture(1)], "number": [1]}).cast_column("image", datasets.Image())
     table.to_parquet(tmp_path / "train-0.parquet")
-    with pytest.raises(ValueError, match=sentence):
+    with one_sentence(*sentence.split(" ... ")):
         stream_images(str(tmp_path), **options)
 
 

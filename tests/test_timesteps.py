@@ -1,16 +1,14 @@
 """Which timesteps are drawn, and that drawing some more often does not change what is minimised."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import draw_parts
 from scipy import stats
 from torch.testing import assert_close
 
 from ddpm_pipe.training.config import TrainConfig
-from ddpm_pipe.training.draws import micro_batches
 from ddpm_pipe.training.timestep_sampling import TIMESTEP_SAMPLERS, LossSecondMomentSampler, UniformSampler
 
 STEPS = 6
@@ -28,9 +26,8 @@ def filled(losses: list[list[float]], **options: int) -> LossSecondMomentSampler
 
 def draw(probabilities: torch.Tensor, size: int, step: int = 0):
     """One batch of draws on one process."""
-    config = TrainConfig(data="", num_train_timesteps=len(probabilities), sample_steps=1, batch_size=size)
-    process = SimpleNamespace(device=torch.device("cpu"), num_processes=1, process_index=0)
-    ((_, draws),) = micro_batches(config, process, probabilities, step, (1, 1, 1))
+    config = TrainConfig(data="x", num_train_timesteps=len(probabilities), sample_steps=1, batch_size=size)
+    (draws,) = draw_parts(config, step, probabilities)
     return draws
 
 

@@ -1,6 +1,7 @@
 """The whole loop on real images and a small network: it learns, it saves, and it is the same run however it is cut."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,13 +12,14 @@ import psutil
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
+from conftest import one_sentence
 from PIL import Image
 from runs import NETWORK, REPO, STOCK, assert_same, final_state, launch, loss_curve, write_config
 from safetensors.torch import load_file
 
 from ddpm_pipe import DDPMPipeline
 from ddpm_pipe.run.checkpoint import Checkpoints
+from ddpm_pipe.run.folder import Run
 from ddpm_pipe.training.config import TrainConfig
 from ddpm_pipe.training.loop import train
 
@@ -46,50 +48,31 @@ def test_a_run_leaves_a_pipeline_a_grid_and_its_config(recipe, unet, options):
     assert yaml.safe_load((folder.parent / "config.yaml").read_text())["unet"] == unet
 
 
-def test_the_network_learns(recipe, monkeypatch):
+def test_the_network_learns(recipe):
     """The loss of the last steps is far below that of the first and below 1, the loss of answering zero."""
-    losses = []
-    monkeypatch.setattr(
-        "ddpm_pipe.training.loop.Log.write", lambda _, step, seen, **__: losses.append(seen[0][1].mean().item())
-    )
-    monkeypatch.setattr("ddpm_pipe.training.loop.write_report", lambda run: None)
-    train(recipe(steps=150, batch_size=32, learning_rate=4e-3, sample_every=0))
-    first, last = sum(losses[:5]) / 5, sum(losses[-20:]) / 20
-    assert first > 0.8
-    assert last < 0.5 * first
+    config = recipe(steps=150, batch_size=32, learning_rate=4e-3, sample_every=0, log_every=5)
+    train(config)
+    losses = [loss for _, loss in loss_curve(config)]
+    assert losses[0] > 0.8
+    assert sum(losses[-4:]) / 4 < 0.5 * losses[0]
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(recipe, precision):
-    options = {
-        "unet": NETWORK | {"dropout": 0.2, "self_condition": True},
-        "class_conditional": True,
-        "gradient_accumulation_steps": 2,
-        "flip": True,
-        "mixed_precision": precision,
-        "lr_schedule": "cosine",
-    }
-    whole = recipe("whole", **options)
-    train(whole)
-    # stop after step 4 of 6, with checkpoints at 2 and 4
-    cut = recipe("cut", **options, save_every=2)
-    original, stop = cut.steps, KeyboardInterrupt()
-
-    def interrupted(state, step, seen):
-        if step == 4:
-            raise stop
-        return state_step(state, step, seen)
-
-    from ddpm_pipe.training.state import TrainState
-
-    state_step = TrainState.optimizer_step
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(TrainState, "optimizer_step", interrupted)
-        train(cut)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    train(recipe("cut", **options, save_every=2, resume=True))
-    assert cut.steps == original
-    assert_same(final_state(whole), final_state(cut))
+    config = recipe(
+        unet=NETWORK | {"dropout": 0.2, "self_condition": True},
+        class_conditional=True,
+        gradient_accumulation_steps=2,
+        flip=True,
+        mixed_precision=precision,
+        lr_schedule="cosine",
+        save_every=2,
+    )
+    train(config)
+    whole = final_state(config)
+    shutil.rmtree(Run(config.output_dir).checkpoint(6))
+    train(config.replace(resume=True))
+    assert_same(whole, final_state(config))
 
 
 def test_accumulation_does_not_change_the_run(recipe):
@@ -126,7 +109,7 @@ def test_the_loss_curve_does_not_depend_on_processes_and_accumulation(lives, few
     assert_same_losses(one, two)
     assert_same_losses(one, accumulated)
     if sampling == "loss_second_moment":
-        history = [Checkpoints(Path(config.output_dir)).load()[2]["timesteps"] for config in (one, two, accumulated)]
+        history = [Checkpoints(Run(config.output_dir)).load()[2]["timesteps"] for config in (one, two, accumulated)]
         assert history[0]["counts"].min() > 10, "timesteps were drawn by their losses"
         for other in history[1:]:
             assert torch.equal(other["counts"], history[0]["counts"])
@@ -168,56 +151,97 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_another_run_is_never_overwritten_in_silence(recipe):
     run = train(recipe(steps=2)).parent
     before = contents(run)
-    with pytest.raises(ValueError, match="holds a run; pass --resume, --overwrite or another folder"):
+    with one_sentence("holds a run; pass --resume, --overwrite or another folder."):
         train(recipe(steps=2))
-    with pytest.raises(ValueError, match="split='dev' could not be read"):
+    with one_sentence("split='dev' could not be read"):
         train(recipe(steps=1, overwrite=True, split="dev"))
     assert contents(run) == before, "what cannot replace a run does not delete it"
 
 
-def test_overwriting_deletes_what_a_run_and_its_evaluation_wrote_and_nothing_else(recipe):
+def test_overwriting_deletes_all_that_the_folder_of_a_run_holds(recipe):
     run = train(recipe(steps=2)).parent
-    theirs = ["evaluation.json", "neighbours.png", "ema-0.05/model_index.json", ".pipeline.old/model_index.json"]
-    others = ["notes.txt", "images/000000.png", "ema-comparison.png"]
-    for name in theirs + others:
+    others = ["notes.txt", "evaluation.json", "ema-0.05/model_index.json", ".pipeline.old/model_index.json"]
+    for name in others:
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text("")
     train(recipe(steps=1, overwrite=True))
-    names = set(contents(run))
-    assert set(others) <= names and not names & set(theirs)
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000001"]
-    assert [path.name for path in (run / "ema").iterdir()] == ["step-00000001"]
-    assert {path.name for path in (run / "samples").iterdir()} == {"step-00000001.png", "step-00000001-raw.png"}
-
-
-@pytest.mark.parametrize("name", ["samples/holiday.png", "logs/access.log", "config.yaml"])
-def test_overwriting_deletes_nothing_in_a_folder_that_holds_no_run(recipe, name):
-    config = recipe(steps=1, overwrite=True)
-    run = Path(config.output_dir)
-    (run / name).parent.mkdir(parents=True)
-    (run / name).write_text("model: mine")
-    with pytest.raises(ValueError, match=f"holds {name.split('/')[0]} but not the config.yaml of a run"):
-        train(config)
-    assert contents(run) == {name: b"model: mine"}
+    assert not set(others) & set(contents(run))
+    assert [Run.steps(run / part) for part in ("checkpoints", "ema", "samples")] == [[1]] * 3
 
 
 def test_overwriting_what_is_not_there_yet_trains(recipe):
-    with pytest.raises(ValueError, match="split='dev' could not be read"):
+    with one_sentence("split='dev' could not be read"):
         train(recipe(steps=1, overwrite=True, split="dev"))
     assert train(recipe(steps=1, overwrite=True)).is_dir(), "also where a first attempt failed"
+
+
+NO_RUN = {"samples/holiday.png": "", "logs/access.log": "", "config.yaml": "model: mine"}
+NO_RUN |= {"config.yaml train.py": "data: images\noutput_dir: runs/mine"}
+
+
+@pytest.mark.parametrize(("names", "text"), NO_RUN.items())
+def test_overwriting_deletes_nothing_in_a_folder_that_holds_no_run(recipe, names, text):
+    """A folder with somebody's own config of a training among them."""
+    config = recipe(steps=1, overwrite=True)
+    run = Path(config.output_dir)
+    for name in names.split():
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(text)
+    with one_sentence(f"holds {names.split('/')[0].split()[0]}", "not the config.yaml and plan.json of a run"):
+        train(config)
+    assert contents(run) == dict.fromkeys(names.split(), text.encode())
+
+
+@pytest.mark.parametrize("data", ["images", "images/*.parquet", "images/0.parquet", "."])
+@pytest.mark.parametrize("whose", ["the new run", "the old run"])
+def test_overwriting_never_deletes_training_data(recipe, few_images, monkeypatch, data, whose):
+    run = train(recipe(steps=1, data=few_images)).parent
+    (run / "images").mkdir()
+    (run / "images" / "0.parquet").write_bytes(b"")
+    monkeypatch.setenv("HOME", str(run.parent))
+    data = f"~/run/{data}"
+    if whose == "the old run":
+        saved = Run(run).config
+        saved.write_text(saved.read_text().replace(few_images, data))
+    before = contents(run)
+    with one_sentence(f"data={data!r} lies in output_dir={str(run)!r}, which --overwrite deletes."):
+        train(recipe(steps=1, overwrite=True, data=data if whose == "the new run" else few_images))
+    assert contents(run) == before
+
+
+def test_the_name_of_a_dataset_on_the_hub_is_no_folder_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Run(".").check_apart("org/name")
+
+
+@pytest.mark.parametrize("at", ["metrics.jsonl", "plan.json", "config.yaml"])
+def test_a_clearing_that_was_killed_can_be_repeated(recipe, monkeypatch, at):
+    run = Run(train(recipe(steps=1, sample_every=0)).parent)
+    delete = Path.unlink
+
+    def killed(path: Path) -> None:
+        if path.name == at:
+            raise KeyboardInterrupt
+        delete(path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", killed)
+        run.clear()
+    run.clear()
+    assert list(contents(run.folder)) == ["run.lock"]
 
 
 @pytest.mark.slow
 def test_two_processes_do_not_train_in_one_folder(lives, few_images, recipe):
     config = recipe("run", data=few_images, steps=100_000, save_every=5, sample_every=0, log_every=1)
-    checkpoints, first = Checkpoints(Path(config.output_dir)), lives.start(write_config(config))
+    checkpoints, first = Checkpoints(Run(config.output_dir)), lives.start(write_config(config))
     while not checkpoints.steps():
         first.assert_alive()
         time.sleep(0.001)
     for flag in ("--resume", "--overwrite"):
         second = lives.start(write_config(config), flag)
         assert second.wait() == 2
-        expected = f"train.py: output_dir={config.output_dir!r} is being trained in by another process."
+        expected = f"ddpm-pipe train: output_dir={config.output_dir!r} is being trained in by another process."
         assert second.errors.splitlines()[-1] == expected
     first.assert_alive()
     first.signal(signal.SIGKILL)
@@ -238,14 +262,14 @@ def test_two_processes_do_not_train_in_one_folder(lives, few_images, recipe):
 )
 def test_what_cannot_work_is_one_sentence_and_leaves_no_run(recipe, options, sentence):
     config = recipe(**options)
-    with pytest.raises(ValueError, match=sentence):
+    with one_sentence(sentence):
         train(config)
-    assert not (Path(config.output_dir) / "config.yaml").exists()
+    assert not Run(config.output_dir).config.exists()
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(recipe, tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(ValueError, match=r"output_dir=.* cannot be written"):
+    with one_sentence("output_dir=", "cannot be written"):
         train(recipe("file/run"))
 
 
@@ -304,8 +328,8 @@ def test_what_the_launcher_cannot_have_is_one_sentence(recipe, flags, sentence):
     config = recipe()
     done = accelerate_launch(config, *flags)
     assert done.returncode == 1, done.stderr
-    (told,) = [line for line in done.stderr.splitlines() if "train.py: " in line]
-    assert told.startswith(f"train.py: {sentence}")
+    (told,) = [line for line in done.stderr.splitlines() if "ddpm-pipe train: " in line]
+    assert told.startswith(f"ddpm-pipe train: {sentence}")
     assert not Path(config.output_dir).exists()
 
 
@@ -313,5 +337,5 @@ def test_what_the_launcher_cannot_have_is_one_sentence(recipe, flags, sentence):
 def test_other_ways_to_share_the_work_are_one_sentence(recipe, monkeypatch, name):
     """Set as the launcher sets it, which asks for a library or a GPU first."""
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(ValueError, match=r"accelerate launch was told to use .* not supported"):
+    with one_sentence("accelerate launch was told to use", "not supported"):
         train(recipe())

@@ -286,7 +286,7 @@ def _memory_mapped(shape: tuple[int, ...], cells: Cells, target: Target) -> tupl
                 images.flush()
             return images, skipped
     except OSError as error:
-        raise DataError(f"the decoded images cannot be kept in {folder}: {reason(error)}") from error
+        raise DataError(f"the decoded images cannot be kept in {folder}: {reason(error)}.") from error
 
 
 def _content_key(cells: Cells, target: Target) -> str:

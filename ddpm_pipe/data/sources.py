@@ -29,10 +29,10 @@ class DataError(ValueError):
 
 
 def reason(error: BaseException) -> str:
-    """What is at the root of an exception, in one line."""
+    """What is at the root of an exception, in one line without a full stop."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).rstrip(".")
     if text and isinstance(error, ValueError | OSError):  # these speak for themselves
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -53,7 +53,7 @@ def explained(what: str) -> Iterator[None]:
     except (DataError, MemoryError):
         raise
     except Exception as error:
-        raise DataError(f"{what} could not be read: {reason(error)}") from error
+        raise DataError(f"{what} could not be read: {reason(error)}.") from error
 
 
 # ---------------------------------------------------------------- opening

@@ -103,7 +103,7 @@ class ImageStream:
             (example,) = self._read([row])
             if not isinstance(example, Unreadable):
                 return example
-        raise DataError(f"an image of the stream and the next {PATIENCE} cannot be read; the last: {self.skipped[-1]}")
+        raise DataError(f"an image of the stream and the next {PATIENCE} cannot be read; the last: {self.skipped[-1]}.")
 
     def _stack(self, examples: list[Example]) -> tuple[Tensor, Tensor | None]:
         images = np.stack([image for image, _ in examples]) if examples else np.zeros((0, *self.shape), np.uint8)

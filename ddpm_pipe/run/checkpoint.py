@@ -79,8 +79,9 @@ class Checkpoints:
             try:
                 return step, *self._read(self.run.checkpoint(step))
             except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+                reason = str(error).rstrip(".")
                 logger.warning(
-                    "checkpoint %s is unreadable (%s); taking the one before it.", self.run.checkpoint(step), error
+                    "checkpoint %s is unreadable (%s); taking the one before it.", self.run.checkpoint(step), reason
                 )
         if steps:
             raise CheckpointError(f"none of the {len(steps)} checkpoints in {self.run.checkpoints} can be read.")

@@ -138,9 +138,9 @@ def check_manifest(folder: Path) -> None:
         sums = json.loads((folder / MANIFEST).read_text())["sha256"]
         changed = [name for name, expected in sums.items() if sha256(folder / name) != expected]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{folder} is not whole ({error!r})") from error
+        raise CheckpointError(f"{folder} is not whole ({error!r}).") from error
     if changed:
-        raise CheckpointError(f"{', '.join(changed)} in {folder} is not what its checksum says")
+        raise CheckpointError(f"{', '.join(changed)} in {folder} is not what its checksum says.")
 
 
 def sha256(path: Path) -> str:

@@ -1,5 +1,6 @@
 """The folder of a run: where each thing of it lies, who may write into it, and how it is deleted."""
 
+import glob
 import json
 import re
 import shutil
@@ -68,17 +69,18 @@ class Run:
     @staticmethod
     def steps(folder: Path) -> list[int]:
         """The steps of what lies in a folder of checkpoints, snapshots or grids, increasing."""
-        found = (re.match(r"step-(\d+)", path.name) for path in folder.glob("step-*"))
+        found = (re.fullmatch(r"step-(\d+)((-raw)?\.png)?", path.name) for path in folder.glob("step-*"))
         return sorted({int(match[1]) for match in found if match})
 
     # ------------------------------------------------------------ what it holds
 
     def exists(self) -> bool:
-        """Whether the folder holds the config of a run, not that of something else."""
+        """Whether the folder holds a run: its config and plan, or its config alone where a kill left no more."""
         try:
-            return {"data", "output_dir"} <= read_config_file(self.config).keys()
+            is_config = {"data", "output_dir"} <= self.read_config().keys()
         except ValueError:
             return False
+        return is_config and (self.plan.exists() or self._contents() == [self.config])
 
     def read_config(self) -> dict[str, Any]:
         """The config of the run; raises ValueError where it cannot be read."""
@@ -134,23 +136,32 @@ class Run:
             lock.release()
 
     def check_clearable(self) -> None:
-        """Raise ValueError where the folder holds something, but not a run."""
+        """Raise ValueError where the folder holds something else than a run, or the images the run was trained on."""
         found = sorted(path.name for path in self._contents())
         if found and not self.exists():
             raise ValueError(
-                f"output_dir={str(self)!r} holds {', '.join(found[:5])} but not the {self.config.name} of a run, so "
-                "--overwrite deletes nothing there; choose another folder."
+                f"output_dir={str(self)!r} holds {', '.join(found[:5])} but not the {self.config.name} and "
+                f"{self.plan.name} of a run, so --overwrite deletes nothing there; choose another folder."
             )
+        if found:
+            self.check_apart(str(self.read_config()["data"]))
+
+    def check_apart(self, data: str) -> None:
+        """Raise ValueError where images, named as for training, lie in the folder."""
+        path = Path(data).expanduser()
+        here = path.exists() or glob.has_magic(data)  # else it is an id on the Hub
+        if here and self.folder.resolve() in (path.resolve(), *path.resolve().parents):
+            raise ValueError(f"data={data!r} lies in output_dir={str(self)!r}, which --overwrite deletes.")
 
     def clear(self) -> None:
-        """Delete everything in the folder, the config last: a kill in between leaves what is still a run.
+        """Delete everything in the folder, plan and config last: a kill in between leaves what is still a run.
 
         Raises:
             ValueError: where the folder holds something else than a run, or something cannot be deleted.
         """
         self.check_clearable()
         try:
-            for path in sorted(self._contents(), key=lambda path: path == self.config):
+            for path in sorted(self._contents(), key=lambda path: (path == self.config, path == self.plan)):
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:

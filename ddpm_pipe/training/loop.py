@@ -75,10 +75,10 @@ def run_steps(config: TrainConfig, accelerator: Accelerator, run: Run, interrupt
     log = Log(config, accelerator, run, first)
     validation = Validation(config, objective, held_out, log)
     pusher = Pusher(PushConfig(run=str(run), repo=config.push_to or "none", public=config.push_public))
-    if first and accelerator.is_main_process:
-        validation.show(state, first)  # what a kill between a checkpoint and its grids left out
 
     with interruption:
+        if first and accelerator.is_main_process:
+            validation.show(state, first)  # what a kill between a checkpoint and its grids left out
         for step in range(first, config.steps):  # Algorithm 1
             seen = []
             for part, draws in micro_batches(config, accelerator, state.timesteps.probabilities(), step, data.shape):

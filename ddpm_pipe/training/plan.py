@@ -4,7 +4,6 @@ import json
 import os
 import platform
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +27,7 @@ def check_folder(config: TrainConfig, run: Run) -> None:
         raise ValueError(f"output_dir={config.output_dir!r} holds a run; pass --resume, --overwrite or another folder.")
     if config.overwrite:
         run.check_clearable()
-        if run.folder.resolve() in Path(config.data).resolve().parents:
-            raise ValueError(
-                f"data={config.data!r} lies in output_dir={config.output_dir!r}, which --overwrite deletes."
-            )
+        run.check_apart(config.data)
 
 
 def print_changes(config: TrainConfig, run: Run) -> None:

@@ -61,7 +61,10 @@ def _checked(network: type[ModelMixin], options: dict[str, Any]) -> dict[str, An
     for key in options:
         check_choice("unet", key, kinds)
     fields: dict[str, Any] = {key: (kinds[key], ...) for key in options}
-    return dict(create_model("unet", __base__=Config, **fields)(**options))
+    try:
+        return dict(create_model("unet", __base__=Config, **fields)(**options))
+    except ValueError as error:
+        raise ValueError(f"unet.{error}") from None
 
 
 def _check_stock_size(height: int, width: int, levels: int) -> None:

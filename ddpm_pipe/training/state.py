@@ -90,8 +90,8 @@ class TrainState:
         """Stop where nothing was learned for too long; to go back would be the same computation again."""
         if self.bad_steps >= self.config.max_bad_steps:
             raise ValueError(
-                f"{self.bad_steps} steps in a row had no finite gradient; the last checkpoint is intact: resume it "
-                "with a lower learning_rate or more lr_warmup_steps."
+                f"{self.bad_steps} steps in a row had no finite gradient; what was saved before them is intact: resume "
+                "it, or start again, with a lower learning_rate or more lr_warmup_steps."
             )
 
     def _whole_batch(self, seen: list[tuple[Tensor, Tensor]]) -> Tensor:
