@@ -22,6 +22,7 @@ from ddpm_pipe.evaluation.config import EvaluateConfig
 from ddpm_pipe.evaluation.evaluate import denoiser, distance, evaluate, only_finite
 from ddpm_pipe.likelihood import variational_bound
 from ddpm_pipe.run.files import replace_folder
+from ddpm_pipe.run.folder import Run
 from ddpm_pipe.sharing.card import make_card
 
 DATA = str(REPO / "examples" / "fashion_mnist")
@@ -159,7 +160,7 @@ def evaluated(own_run, feature_file, split_images, fresh_accelerate):  # noqa: F
 
 def shown(run: Path, pipeline: str) -> dict[str, float]:
     """Name and value of the metrics in the metadata of the card."""
-    data = ModelCard(str(make_card(run, run / pipeline, "org/mine"))).data
+    data = ModelCard(str(make_card(Run(run), run / pipeline, "org/mine"))).data
     return {result.metric_name: result.metric_value for result in data.eval_results or []}
 
 
@@ -168,7 +169,7 @@ def test_the_model_card_shows_what_was_measured(evaluated, own_run):
     assert file == own_run / "pipeline" / "evaluation.json"
     fid = json.loads(file.read_text())["metrics"][0]
     assert shown(own_run, "pipeline")["FID-20 of feature_network.pt"] == pytest.approx(fid["value"])
-    assert fid["protocol"] in make_card(own_run, own_run / "pipeline", "org/mine").text
+    assert fid["protocol"] in make_card(Run(own_run), own_run / "pipeline", "org/mine").text
 
 
 def test_the_card_of_other_weights_shows_none_of_it(evaluated, own_run, capsys):
@@ -208,7 +209,7 @@ def test_of_a_sweep_over_models_each_card_shows_its_own(evaluated, own_run):
 def test_an_evaluation_that_cannot_be_read_is_one_sentence(own_run, content):
     (own_run / "pipeline" / "evaluation.json").write_text(content)
     with pytest.raises(ValueError, match=r"evaluation\.json is not what ddpm-pipe evaluate writes .*; evaluate again"):
-        make_card(own_run, own_run / "pipeline", "org/mine")
+        make_card(Run(own_run), own_run / "pipeline", "org/mine")
 
 
 def test_a_metric_that_is_not_a_number_is_not_shown(evaluated, own_run):
@@ -217,17 +218,20 @@ def test_a_metric_that_is_not_a_number_is_not_shown(evaluated, own_run):
     result["metrics"][0]["value"] = math.nan
     file.write_text(json.dumps(result))
     with pytest.raises(ValueError, match="holds a metric that is not finite"):
-        make_card(own_run, own_run / "pipeline", "org/mine")
+        make_card(Run(own_run), own_run / "pipeline", "org/mine")
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"data": ""}, "data must name the real images"),
+        ({"data": ""}, "data='' must have at least 1 character"),
         ({"bits_images": 1}, "bits_images=1 has no standard error"),
-        ({"num_images": -1}, "num_images=-1 must be at least 0"),
+        ({"num_images": -1}, "num_images=-1 must be greater than or equal to 0"),
+        ({"bits_terms": 0}, "bits_terms=0 must be greater than or equal to 1"),
         ({"neighbours": 9, "num_images": 8}, "neighbours=9 must be at most num_images=8"),
         ({"num_images": 19}, "num_images=19 must be 0, or at least 20"),
+        ({"seeds": "0-18"}, r"seeds='0-18' \(19 images\) must be at least 20"),
+        ({"neighbours": 21, "seeds": "5-24"}, r"neighbours=21 must be at most the 20 images of seeds='5-24'"),
         ({"num_images": 0}, "num_images and bits_images are both 0"),
         ({"sweep": ["shape=1"]}, "sweep='shape=1' must be option=value"),
         ({"sweep": ["steps"]}, "sweep='steps' must be option=value"),
@@ -252,9 +256,7 @@ def nothing_drawn(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--bits_images", "4", "--bits_terms", "0"], "bits_terms=0 must lie between 1 and the 19 that the model has"),
-        (["--bits_images", "4", "--bits_terms", "-1"], "bits_terms=-1 must lie between 1 and the 19"),
-        (["--bits_images", "4", "--bits_terms", "20"], "bits_terms=20 must lie between 1 and the 19"),
+        (["--bits_images", "4", "--bits_terms", "20"], "bits_terms=20 must lie between 1 and the 19 that the model has"),
         (["--sweep", "steps=2,21"], "steps=21 must lie between 1 and the 20"),
         (["--sweep", "scheduler=ddim,no-such"], "scheduler='no-such' is unknown; use one of ddpm, ddim"),
         (["--sweep", "model=PIPELINE,/no/such/folder"], "model='/no/such/folder' is neither a folder"),
@@ -279,13 +281,13 @@ def test_too_few_training_images_are_refused_before_an_image_is_drawn(measure, n
 
 
 def test_more_images_than_there_are_have_no_bits(measure):
-    with pytest.raises(ValueError, match=r"need at least 41 images held out of training, but split='test' .* has 40,"):
+    with pytest.raises(ValueError, match=r"need at least 41 images held out of training, but test_split='test' .* has 40,"):
         measure("--num_images", "0", "--bits_images", "41")
 
 
 @pytest.mark.parametrize("asked", [("--bits_images", "4"), ("--neighbours", "2")])
 def test_training_images_do_not_pass_for_held_out_ones(measure, few_images, nothing_drawn, asked):
-    told = "split='test' of data=.* has 0, beside 60 that are also in train_split='train'"
+    told = "test_split='test' of data=.* has 0, beside 60 that are also in train_split='train'"
     with pytest.raises(ValueError, match=told):  # a folder of one split, whatever its name
         measure("--num_images", "20", "--data", few_images, *asked)
 
@@ -298,7 +300,7 @@ def test_copies_of_training_images_are_left_out_of_those_held_out(measure, split
     alone = measure(*asked)
     assert "are left out" not in capsys.readouterr().out
     beside_copies = measure(*asked, "--data", str(tmp_path / "mixed"))
-    told = "of the 55 images of split='test', 15 that are also in train_split='train' are left out."
+    told = "of the 55 images of test_split='test', 15 that are also in train_split='train' are left out."
     assert told in capsys.readouterr().out
     assert values(alone) == values(beside_copies) and beside_copies["data"]["test"] == 40
 
