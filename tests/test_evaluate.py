@@ -18,8 +18,10 @@ from ddpm_pipe.data.images import to_unit_range
 from ddpm_pipe.data.memory import load_images
 from ddpm_pipe.data.sources import open_dataset
 from ddpm_pipe.evaluation import evaluate as evaluation
+from ddpm_pipe.evaluation.bits import denoiser
 from ddpm_pipe.evaluation.config import EvaluateConfig
-from ddpm_pipe.evaluation.evaluate import denoiser, distance, evaluate, only_finite
+from ddpm_pipe.evaluation.evaluate import evaluate
+from ddpm_pipe.evaluation.results import Metric, Point, Results
 from ddpm_pipe.likelihood import variational_bound
 from ddpm_pipe.run.files import replace_folder
 from ddpm_pipe.run.folder import Run
@@ -115,6 +117,7 @@ def test_a_sweep_over_models_compares_averages(measure, run, tmp_path):
 def test_bits_per_dimension_are_the_bound_of_the_held_out_images(measure, run, split_images):
     result = measure("--num_images", "0", "--bits_images", "30", "--bits_terms", "19", "--class_labels", "balanced")
     (row,) = result["metrics"]
+    assert list(row) == ["type", "name", "value", "protocol", "standard_error", "terms"]
     assert row["value"] == pytest.approx(sum(row["terms"].values())) and row["standard_error"] > 0
     assert "given their labels" in row["protocol"] and "19 of 19 terms" in row["protocol"]
 
@@ -127,6 +130,15 @@ def test_bits_per_dimension_are_the_bound_of_the_held_out_images(measure, run, s
         bound = variational_bound(denoiser(pipeline, labels), pipeline.scheduler, to_unit_range(images), 19, draw)
         totals.append(bound.total.mean().item())
     assert min(totals) - 0.2 < row["value"] < max(totals) + 0.2
+
+
+def test_other_seeds_give_another_distance_and_are_named(measure):
+    first, second = (measure("--num_images", "0", "--seeds", seeds)["metrics"][0] for seeds in ("0-19", "20-34,90-94"))
+    assert first["name"] == second["name"] == "FID-20 of feature_network.pt"
+    assert first["protocol"].endswith("seeds 0-19") and second["protocol"].endswith("seeds 20-34,90-94")
+    assert abs(first["value"] - second["value"]) > 1e-3
+    counted = measure("--num_images", "20")["metrics"][0]
+    assert counted["protocol"] == first["protocol"] and counted["value"] == pytest.approx(first["value"])
 
 
 def test_neighbours_are_drawn_and_compared_with_those_of_real_images(measure, tmp_path):
@@ -256,7 +268,10 @@ def nothing_drawn(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--bits_images", "4", "--bits_terms", "20"], "bits_terms=20 must lie between 1 and the 19 that the model has"),
+        (
+            ["--bits_images", "4", "--bits_terms", "20"],
+            "bits_terms=20 must lie between 1 and the 19 that the model has",
+        ),
         (["--sweep", "steps=2,21"], "steps=21 must lie between 1 and the 20"),
         (["--sweep", "scheduler=ddim,no-such"], "scheduler='no-such' is unknown; use one of ddpm, ddim"),
         (["--sweep", "model=PIPELINE,/no/such/folder"], "model='/no/such/folder' is neither a folder"),
@@ -281,7 +296,9 @@ def test_too_few_training_images_are_refused_before_an_image_is_drawn(measure, n
 
 
 def test_more_images_than_there_are_have_no_bits(measure):
-    with pytest.raises(ValueError, match=r"need at least 41 images held out of training, but test_split='test' .* has 40,"):
+    with pytest.raises(
+        ValueError, match=r"need at least 41 images held out of training, but test_split='test' .* has 40,"
+    ):
         measure("--num_images", "0", "--bits_images", "41")
 
 
@@ -356,17 +373,22 @@ def test_no_number_that_is_written_is_infinite(measure, tmp_path):
     assert result["sampling"]["scheduler"]["lambda_min_clipped"] == "-Infinity"
 
 
+def results_of(point: list[Metric], others: list[Metric]) -> Results:
+    """What one setting, and the rest, were measured to be."""
+    return Results(Path("m"), {}, {}, [Point(Path("m"), {}, {}, 0.0, point)], others)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_where_no_metric_is_finite_nothing_is_written(value):
-    bits = {"name": "bits/dim", "protocol": "bound", "value": value}
+def test_where_no_metric_is_finite_there_is_nothing_to_write(value):
+    bad, good = (Metric("bits_per_dim", "bits/dim", number, "bound") for number in (value, 1.0))
     with pytest.raises(ValueError, match="none of the metrics is finite; nothing is written"):
-        only_finite([{"metrics": []}], [bits])
-    measured, rest = only_finite([{"metrics": [bits | {"value": 1.0}, bits]}], [bits])
-    assert measured == [{"metrics": [bits | {"value": 1.0}]}] and rest == []
+        results_of([], [bad]).finite()
+    assert results_of([good, bad], [bad]).finite() == results_of([good], [])
 
 
 def test_a_point_without_fid_is_never_the_best():
-    assert distance({"metrics": [{"type": "precision", "value": 1.0}]}) == math.inf
+    (point,) = results_of([Metric("precision", "precision", 1.0, "")], []).points
+    assert point.distance == math.inf
 
 
 def test_results_of_a_model_that_is_no_folder_need_one(tmp_path):
