@@ -22,7 +22,7 @@ def denoiser(pipeline: PixelDiffusionPipeline, labels: Tensor | None) -> Callabl
     """The network of the bound: (x_t, t (B,)) -> output. A self-conditioned one is asked twice, the second time with
     its own first answer, so that what it does depends on x_t alone."""
 
-    network = pipeline._denoiser(labels)
+    network = pipeline.denoiser(labels)
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
         output = network(x_t, t, torch.zeros_like(x_t))
@@ -44,7 +44,7 @@ def check_bound(config: EvaluateConfig, pipeline: PixelDiffusionPipeline, data: 
     last = pipeline.scheduler.config.num_train_timesteps - 1
     if not 1 <= config.bits_terms <= last:
         raise ValueError(f"bits_terms={config.bits_terms} must lie between 1 and the {last} that the model has.")
-    pipeline._labels(None if data.labels is None else data.labels[data.rows], len(data), 1.0)
+    pipeline.network_labels(None if data.labels is None else data.labels[data.rows], len(data))
 
 
 def measure_bits(
@@ -71,7 +71,7 @@ def bound_of_images(
     parts = []
     for start in range(0, config.bits_images, config.batch_size)[state.process_index :: state.num_processes]:
         images, labels = data.take(torch.arange(start, min(start + config.batch_size, config.bits_images)))
-        labels = pipeline._labels(labels, len(images), 1.0)
+        labels = pipeline.network_labels(labels, len(images))
         draw = generator(0, "bound", start)
         x0 = to_unit_range(images.to(state.device))
         bound = variational_bound(denoiser(pipeline, labels), pipeline.scheduler, x0, config.bits_terms, draw)
