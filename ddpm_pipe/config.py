@@ -49,7 +49,7 @@ Float = Annotated[float, BeforeValidator(_number)]
 PositiveFloat = Annotated[Float, Field(gt=0)]
 NonNegativeFloat = Annotated[Float, Field(ge=0)]
 Share = Annotated[Float, Field(ge=0, lt=1)]
-Place = Annotated[str, BeforeValidator(_as_text), Field(min_length=1)]
+Place = Annotated[str, Field(min_length=1), BeforeValidator(_as_text)]
 """A path, or the id of a repository on the Hub."""
 JsonDict = Annotated[dict[str, Any], BeforeValidator(_from_json)]
 """A mapping, which a flag gives as JSON."""
@@ -97,7 +97,7 @@ class Config(BaseModel):
             return f"{name} must be given: {cls.model_fields[name].description}."
         if error["type"] == "extra_forbidden":
             return f"{name} is unknown; known are {', '.join(cls.names())}."
-        return f"{name}={value!r:.100} must {error['msg'].removeprefix('Input should ')}."
+        return f"{name}={value!r:.100} must {error['msg'].partition(' should ')[2] or error['msg']}."
 
     @classmethod
     def sections(cls) -> dict[str, list[str]]:

@@ -62,7 +62,7 @@ def test_numbers_without_a_dot_are_numbers(tmp_path):
         ("data: x", ["--lr_schedule", "step"], "lr_schedule='step' must be 'constant', 'linear' or 'cosine'."),
         ("data: x", ["--rescale_betas_zero_snr"], "rescale_betas_zero_snr needs prediction_type"),
         ("data: x", ["--resume", "--overwrite"], "resume and overwrite contradict"),
-        ("data: x", ["--output_dir", ""], "output_dir='' must "),
+        ("data: x", ["--output_dir", ""], "output_dir='' must have at least 1 character"),
     ],
 )
 def test_bad_config_is_one_sentence(tmp_path, text, argv, sentence):
