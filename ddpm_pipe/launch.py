@@ -28,6 +28,13 @@ def local_processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A tensor of the CPU on a device; the copy to a GPU is only begun, from memory that the system does not move."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def from_main(function: Callable[[], T]) -> T:
     """What `function` returns on the main process, on all processes; what it raises there is raised on all.
 

@@ -71,7 +71,8 @@ class Objective:
         output = unet(x_t, t, **conditions).sample.float()
         prediction = output[:, :channels]
         error = self.loss(prediction, row.target(x0, eps, alpha_bar), reduction="none").flatten(1).mean(1)
-        loss = error * self.weights.to(t.device)[t]
+        self.weights = self.weights.to(t.device)  # once
+        loss = error * self.weights[t]
         if self.scheduler.config.variance_type in LEARNED_VARIANCES:
             output = torch.cat([prediction.detach(), output[:, channels:]], dim=1)
             bound = vlb_term(self.scheduler, output, x0, x_t, t, clip=False)

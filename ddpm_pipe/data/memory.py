@@ -42,6 +42,7 @@ from ddpm_pipe.data.sources import (
     read_labels,
     reason,
 )
+from ddpm_pipe.launch import local_processes, to_device
 from ddpm_pipe.randomness import generator
 from ddpm_pipe.run.files import locked, replace_text, whole_file
 
@@ -140,7 +141,7 @@ def load_images(
         resolution: [size] or [height, width] in pixels; None keeps the size that all images have.
         channels: 1, 3 or 4; None is 1 where all images are grey, else 3.
         max_memory: bytes above which the images are kept in a memory-mapped file in the datasets cache, where the next
-            run finds them; None is half of the free memory.
+            run finds them; None is half of the free memory. The processes of a machine always share such a file.
 
     Raises:
         DataError: for anything that cannot become one tensor of images, in one sentence.
@@ -223,7 +224,7 @@ def _decode(
     shape = (len(cells), target.channels, *target.size)
     max_memory = psutil.virtual_memory().available // 2 if max_memory is None else max_memory
     try:
-        if math.prod(shape) <= max_memory:
+        if local_processes() == 1 and math.prod(shape) <= max_memory:
             images = np.zeros(shape, np.uint8)
             skipped = _decode_into(images, cells, target)
         else:
@@ -369,5 +370,5 @@ class Batches:
     def __call__(self, step: int, part: slice, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor | None]:
         """A part of the batch of optimizer step `step`: x0 in [-1, 1], (n, C, H, W), and labels (n,) or None."""
         images, labels = self.data.take(self.positions(step)[part])
-        x0 = to_unit_range(images.to(device, non_blocking=True))
-        return x0, labels if labels is None else labels.to(device, non_blocking=True)
+        x0 = to_unit_range(to_device(images, device))
+        return x0, labels if labels is None else to_device(labels, device)

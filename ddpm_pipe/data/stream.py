@@ -27,6 +27,7 @@ from ddpm_pipe.data.images import (
 )
 from ddpm_pipe.data.memory import ImageData
 from ddpm_pipe.data.sources import DataError, explained, find_image_column, find_label_column, is_label, open_dataset
+from ddpm_pipe.launch import to_device
 from ddpm_pipe.randomness import derive_seed
 
 PATIENCE = 1000
@@ -239,5 +240,5 @@ class StreamBatches:
         self._ahead = {key: ahead for key, ahead in self._ahead.items() if key[0] >= step}
         self._ahead[step + 1, part.start] = self._reader.submit(self._decode, step + 1, part)
         images, labels = now.result()
-        x0 = to_unit_range(images.to(device, non_blocking=True))
-        return x0, labels if labels is None else labels.to(device, non_blocking=True)
+        x0 = to_unit_range(to_device(images, device))
+        return x0, labels if labels is None else to_device(labels, device)

@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub.constants import HF_HOME
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.export.passes import move_to_device_pass
 
 from ddpm_pipe.launch import processes
 from ddpm_pipe.run.files import CheckpointError, locked, replace_folder, save_tensors, sha256
@@ -98,7 +99,7 @@ def load_features(features: str, device: str | torch.device = "cpu") -> FeatureN
         raise ValueError(f"features={features!r} is no file; {INSTEAD} (TorchScript or an exported program).")
     digest = sha256(path)
     name = f"{path.name} (sha256 {digest[:12]})"
-    return FeatureNetwork(_read_module(path).to(device), name, digest, device, path.name)
+    return FeatureNetwork(_read_module(path, device), name, digest, device, path.name)
 
 
 @contextmanager
@@ -138,12 +139,12 @@ def _load_inception(device: str | torch.device) -> FeatureNetwork:
     return FeatureNetwork(module.to(device), name, name, device)
 
 
-def _read_module(path: Path) -> torch.nn.Module:
+def _read_module(path: Path, device: str | torch.device) -> torch.nn.Module:
     try:
-        return torch.jit.load(path, map_location="cpu").eval()
+        return torch.jit.load(path, map_location=device).eval()
     except RuntimeError:
         try:
-            return torch.export.load(path).module()
+            return move_to_device_pass(torch.export.load(path), device).module()  # with the tensors that it makes
         except Exception as error:  # of whatever kind: it reads the parts of a zip file one after another
             raise ValueError(
                 f"features={str(path)!r} is neither TorchScript (torch.jit.save) nor an exported program "

@@ -139,6 +139,8 @@ class MachineConfig(Config):
     """save memory by computing activations twice"""
     compile: bool = False
     """compile the network with torch.compile"""
+    deterministic: bool = False
+    """use deterministic algorithms on CUDA, which are slower, so that a resumed run has the same bits there too"""
 
 
 class OutputConfig(Config):

@@ -10,6 +10,9 @@ from torch import Tensor
 from ddpm_pipe.randomness import derive_seed, generator
 from ddpm_pipe.training.config import TrainConfig
 
+BLOCK = 8
+"""Images whose noise is drawn together: a process draws at most two blocks more than its share."""
+
 
 class Draws(NamedTuple):
     """What chance decides about a part of the batch."""
@@ -45,10 +48,11 @@ def micro_batches(
 ) -> Iterator[tuple[slice, Draws]]:
     """The parts of the batch of a step that fall to this process, one per accumulation step.
 
-    All is drawn for the whole batch and then cut, so that it does not depend on the number of processes.
+    Numbers are drawn for the whole batch and cut. Noise is drawn in blocks of a few images, by a generator of each, and
+    only the blocks of the part. So nothing depends on the number of processes, and none draws the noise of others.
 
     Args:
-        probabilities: of each timestep, (T,).
+        probabilities: of each timestep, (T,), on the device.
         step: optimizer steps done.
         shape: (C, H, W) of the images.
     """
@@ -57,12 +61,15 @@ def micro_batches(
     def draw(stream: str) -> torch.Generator:
         return generator(config.seed, stream, step, device=device)
 
-    probabilities = probabilities.to(device)
+    def draw_noise(stream: str, part: slice, *sizes: int) -> Tensor:
+        """Normal noise of a part of the batch, (n, *sizes)."""
+        blocks = range(part.start // BLOCK, -(-part.stop // BLOCK))
+        generators = [generator(config.seed, stream, step, block, device=device) for block in blocks]
+        drawn = torch.cat([torch.randn(BLOCK, *sizes, generator=each, device=device) for each in generators])
+        return drawn[part.start - blocks.start * BLOCK :][: part.stop - part.start]
+
     t = torch.multinomial(probabilities, size, replacement=True, generator=draw("timestep"))
     weight = (1 / (config.num_train_timesteps * probabilities[t])).float()
-    eps = torch.randn(size, *shape, generator=draw("noise"), device=device)
-    if config.offset_noise:
-        eps += config.offset_noise * torch.randn(size, shape[0], 1, 1, generator=draw("offset_noise"), device=device)
     # on the CPU, where earlier versions drew it
     mirror = (torch.rand(size, generator=generator(config.seed, "flip", step)) < (0.5 if config.flip else 0)).to(device)
     hide = torch.rand(size, generator=draw("class_dropout"), device=device) < config.class_dropout
@@ -74,5 +81,8 @@ def micro_batches(
     for micro in range(config.gradient_accumulation_steps):
         index = micro * accelerator.num_processes + accelerator.process_index
         part = slice(index * size // parts, (index + 1) * size // parts)
+        eps = draw_noise("noise", part, *shape)
+        if config.offset_noise:
+            eps += config.offset_noise * draw_noise("offset_noise", part, shape[0], 1, 1)
         seed = derive_seed(config.seed, "dropout", step, index)
-        yield part, Draws(t[part], weight[part], eps[part], mirror[part], hide[part], self_condition, seed)
+        yield part, Draws(t[part], weight[part], eps, mirror[part], hide[part], self_condition, seed)

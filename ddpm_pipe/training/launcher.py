@@ -61,6 +61,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         precision = "bf16" if _computes_bf16() else "no"
     if precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("mixed_precision='fp16' needs a CUDA device; use bf16 or no.")
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without, cuBLAS refuses
+        torch.use_deterministic_algorithms(True)
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # said outright, so that several processes on CPUs find each other
         mixed_precision=precision,

@@ -69,6 +69,7 @@ def claim_folder(config: TrainConfig, run: Run, stack: ExitStack) -> None:
 
 def run_steps(config: TrainConfig, accelerator: Accelerator, run: Run, interruption: Interruption) -> None:
     """All optimizer steps of a run, from the newest checkpoint on where it is resumed."""
+    device = accelerator.device
     data, held_out = load_training_images(config, accelerator)
     scheduler = make_scheduler(config)
     objective = make_objective(config, scheduler)
@@ -84,9 +85,9 @@ def run_steps(config: TrainConfig, accelerator: Accelerator, run: Run, interrupt
         if first and accelerator.is_main_process:
             validation.show(state, first)  # what a kill between a checkpoint and its grids left out
         for step in range(first, config.steps):  # Algorithm 1
-            seen = []
-            for part, draws in micro_batches(config, accelerator, state.timesteps.probabilities(), step, data.shape):
-                x0, labels = batches(step, part, accelerator.device)
+            seen, probabilities = [], state.timesteps.probabilities(device)
+            for part, draws in micro_batches(config, accelerator, probabilities, step, data.shape):
+                x0, labels = batches(step, part, device)
                 x0, conditions = draws.mirrored(x0), draws.conditions(labels, state.null_class)
                 torch.manual_seed(draws.dropout_seed)
                 with accelerator.accumulate(state.unet):

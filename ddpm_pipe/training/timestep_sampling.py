@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ddpm_pipe.launch import to_device
+
 
 class UniformSampler:
     """Every timestep equally often (DDPM, Algorithm 1, line 3)."""
@@ -10,9 +12,9 @@ class UniformSampler:
     def __init__(self, steps: int):
         self.steps = steps
 
-    def probabilities(self) -> Tensor:
-        """The probability of each timestep, float64 (T,)."""
-        return torch.full((self.steps,), 1 / self.steps, dtype=torch.float64)
+    def probabilities(self, device: torch.device | str = "cpu") -> Tensor:
+        """The probability of each timestep, float64 (T,) on a device."""
+        return torch.full((self.steps,), 1 / self.steps, dtype=torch.float64, device=device)
 
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Nothing to learn."""
@@ -39,11 +41,11 @@ class LossSecondMomentSampler(UniformSampler):
         self.losses = torch.zeros(steps, history, dtype=torch.float64)
         self.counts = torch.zeros(steps, dtype=torch.long)
 
-    def probabilities(self) -> Tensor:
+    def probabilities(self, device: torch.device | str = "cpu") -> Tensor:
         if (self.counts < self.losses.shape[1]).any():
-            return super().probabilities()
+            return super().probabilities(device)
         weights = self.losses.square().mean(1).sqrt()
-        return 0.999 * weights / weights.sum() + 0.001 / self.steps
+        return to_device(0.999 * weights / weights.sum() + 0.001 / self.steps, device)
 
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Remember the losses (B,) of timesteps (B,); the oldest of a timestep gives way."""
