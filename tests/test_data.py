@@ -532,3 +532,9 @@ def test_a_forked_process_decodes_in_threads_of_its_own():
     child.join(60)
     child.kill()
     assert child.exitcode == 0
+
+
+def test_the_processes_of_a_machine_share_a_memory_mapped_file(tmp_path, cache, monkeypatch):
+    few = folder(tmp_path / "few", image(), image(seed=1))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert load_images(few).memory_mapped and decoded(cache) == 1

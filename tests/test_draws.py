@@ -3,10 +3,11 @@
 import pytest
 import torch
 from runs import draw_parts
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_pipe.randomness import generator
 from ddpm_pipe.training.config import TrainConfig
-from ddpm_pipe.training.draws import Draws
+from ddpm_pipe.training.draws import BLOCK, Draws
 
 SHAPE = (3, 4, 4)
 UNIFORM = torch.full((20,), 1 / 20, dtype=torch.float64)
@@ -71,3 +72,22 @@ def test_half_of_the_images_are_mirrored_and_none_without_flip():
     assert 440 < draws.mirror.sum() < 560  # 3.8 standard deviations
     (draws,) = parts(batch_size=1000, flip=False)
     assert not draws.mirror.any()
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most numbers that a tensor made meanwhile has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **kwargs or {})
+        self.numbers = max(self.numbers, made.numel() if isinstance(made, torch.Tensor) else 0)
+        return made
+
+
+@pytest.mark.parametrize(("processes", "most"), [(1, 1024), (64, 16 + 2 * BLOCK)])
+def test_a_process_draws_the_noise_of_its_share_and_hardly_more(processes, most):
+    config = TrainConfig(data="x", num_train_timesteps=20, sample_steps=1, batch_size=1024)
+    with Largest() as largest:
+        draw_parts(config, 0, UNIFORM, SHAPE, processes)
+    assert largest.numbers <= most * 3 * 4 * 4

@@ -136,6 +136,20 @@ def test_images_of_a_size_that_the_network_does_not_take_end_in_one_sentence(net
         network(PIXELS[:, :, :2, :2])
 
 
+class Centred(torch.nn.Module):
+    """Features of a program that makes a tensor by itself, on the device where it was exported."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean((2, 3)) - torch.arange(3)
+
+
+def test_all_of_an_exported_program_moves_to_the_device(tmp_path):
+    torch.export.save(torch.export.export(Centred(), (PIXELS[:2],)), tmp_path / "centred.pt2")
+    moved = load_features(str(tmp_path / "centred.pt2"), "meta").module
+    assert moved(PIXELS[:2].to("meta")).device.type == "meta"
+    assert {str(node.kwargs["device"]) for node in moved.graph.nodes if "device" in node.kwargs} == {"meta"}
+
+
 def test_exported_program_of_one_batch_size_says_so(tmp_path):
     torch.export.save(torch.export.export(small(), (PIXELS[:2],)), tmp_path / "fixed.pt2")
     with pytest.raises(ValueError, match=r"fixed.pt2.* fails on images \(3, 3, 12, 12\): "):

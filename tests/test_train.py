@@ -339,3 +339,15 @@ def test_other_ways_to_share_the_work_are_one_sentence(recipe, monkeypatch, name
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
     with one_sentence("accelerate launch was told to use", "not supported"):
         train(recipe())
+
+
+def test_a_deterministic_run_is_the_same_run(recipe, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # kept, and taken back after the test
+    plain, deterministic = recipe("plain"), recipe("deterministic", deterministic=True)
+    train(plain)
+    try:
+        train(deterministic)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same(final_state(plain), final_state(deterministic))
