@@ -1,4 +1,4 @@
-"""What chance decides in a step: a function of the seed and the step, however the batch is cut and whatever was before."""
+"""What chance decides in a step: a function of the seed and the step, however the batch is cut."""
 
 import pytest
 import torch
