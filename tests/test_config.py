@@ -11,10 +11,10 @@ from conftest import one_sentence
 
 from ddpm_pipe.cli import PRESETS
 from ddpm_pipe.config import Config, make_parser, parse
+from ddpm_pipe.convert.config import ConvertConfig
 from ddpm_pipe.evaluation.config import EvaluateConfig
 from ddpm_pipe.sampling.config import ALIASES, GenerateConfig
 from ddpm_pipe.sharing.config import PushConfig
-from ddpm_pipe.sharing.convert.config import ConvertConfig
 from ddpm_pipe.training.config import AverageConfig, TrainConfig
 
 

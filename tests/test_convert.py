@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ddpm_pipe import DDIMScheduler, DDPMPipeline, DDPMUNet2DModel
-from ddpm_pipe.sharing.convert.command import FAMILIES, convert
-from ddpm_pipe.sharing.convert.config import ConvertConfig
+from ddpm_pipe.convert.command import FAMILIES, convert
+from ddpm_pipe.convert.config import ConvertConfig
 
 pytestmark = [
     pytest.mark.xdist_group("packages"),  # one worker downloads them
