@@ -16,6 +16,7 @@ from ddpm_pipe.config import parse
 from ddpm_pipe.data.images import to_unit_range
 from ddpm_pipe.data.memory import ImageData
 from ddpm_pipe.objective import Objective
+from ddpm_pipe.run.folder import Run
 from ddpm_pipe.training.config import TrainConfig
 from ddpm_pipe.training.recipe import make_scheduler, make_unet
 from ddpm_pipe.training.state import TrainState
@@ -25,8 +26,8 @@ SHAPES = {"fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32), "flowers": (3, 1
 
 
 def measure(preset: Path, batch_size: int = 16, repeats: int = 5) -> None:
-    config = parse(TrainConfig, [str(preset)], data="none", batch_size=batch_size)
-    config.batch_size, config.gradient_accumulation_steps = batch_size, 1
+    config = parse(TrainConfig, [str(preset)], data="none")
+    config = config.replace(batch_size=batch_size, gradient_accumulation_steps=1, ema_sigma_rel=[0.05, 0.1])
     shape = SHAPES[preset.stem]
     images = torch.randint(0, 256, (batch_size, *shape), dtype=torch.uint8)
     data = ImageData(images, torch.arange(batch_size), class_names=tuple("0123456789"))
@@ -48,7 +49,7 @@ def measure(preset: Path, batch_size: int = 16, repeats: int = 5) -> None:
             average.update(1)
 
     with tempfile.TemporaryDirectory() as folder:
-        jobs = {"step": train_step, "update": update_averages, "save": lambda: state.save(Path(folder), 1)}
+        jobs = {"step": train_step, "update": update_averages, "save": lambda: state.save(Run(folder), 1)}
         step, update, save = (median(seconds) for seconds in interleaved(jobs, repeats).values())
         size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 2**20
     weights = sum(p.numel() * 4 for p in state.average.module.parameters()) / 2**20

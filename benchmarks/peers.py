@@ -7,7 +7,6 @@ what a part of the step costs in another setting: a few minutes on a CPU. `--qui
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -28,7 +27,7 @@ from ddpm_pipe import DDIMScheduler, DDPMPipeline, DDPMScheduler
 from ddpm_pipe.data.memory import load_images
 from ddpm_pipe.data.stream import stream_images
 from ddpm_pipe.training.config import TrainConfig
-from ddpm_pipe.training.loop import describe_device
+from ddpm_pipe.training.plan import describe_device
 
 BATCH = 16 if DEVICE.type == "cpu" else 128
 PRECISIONS = {"float32": "no", "bf16": "bf16"}
@@ -77,7 +76,7 @@ def training(data: str, reached: dict[str, float], networks: dict[str, dict], ro
                 except pytest.skip.Exception as reason:
                     print(reason)
             if DEVICE.type == "cuda":  # on a CPU it takes minutes to compile and is no faster
-                steps[f"ddpm_pipe, compiled {name}"] = our_step(replace(config, compile=True), precision)
+                steps[f"ddpm_pipe, compiled {name}"] = our_step(config.replace(compile=True), precision)
         seconds, flops = interleaved(steps, rounds, warm_up=2), flops_per_image(config)
         rows = []
         for name, times in seconds.items():
@@ -96,7 +95,7 @@ def data_path(data: str, rounds: int) -> None:
     """Images/s that the data alone give, without a network to feed."""
     part, steps = slice(0, BATCH), count()
     peer = peer_batches(data, BATCH)
-    resident, streamed = (opened(data).batches(BATCH, 0, flip=True) for opened in (load_images, stream_images))
+    resident, streamed = (opened(data).batches(BATCH, 0) for opened in (load_images, stream_images))
     seconds = interleaved(
         {
             "diffusers, a DataLoader": lambda: next(peer),

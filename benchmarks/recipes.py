@@ -62,7 +62,7 @@ def make_data(folder: Path, count: int = 256, size: int = 32) -> str:
 
 def make_config(data: str, unet: dict, batch_size: int) -> TrainConfig:
     """The recipe of all: one average, AdamW, gradients clipped, images flipped."""
-    return TrainConfig(data=data, unet=unet, batch_size=batch_size, ema_sigma_rel=[], flip=True)
+    return TrainConfig(data=data, unet=unet, batch_size=batch_size, flip=True)
 
 
 def fresh_accelerator(precision: str) -> Accelerator:
@@ -82,14 +82,15 @@ def our_step(config: TrainConfig, precision: str) -> Step:
     data = load_images(config.data)
     state = TrainState(config, make_unet(config, data), accelerator)
     objective = Objective(make_scheduler(config))
-    batches, step = data.batches(config.batch_size, 0, flip=True), 0
+    batches, step = data.batches(config.batch_size, 0), 0
 
     def train_step() -> None:
         nonlocal step
         seen = []
         for part, draws in micro_batches(config, accelerator, state.timesteps.probabilities(), step, data.shape):
             x0, _ = batches(step, part, accelerator.device)
-            losses = objective(state.unet, x0, draws.t, draws.eps)
+            torch.manual_seed(draws.dropout_seed)
+            losses = objective(state.unet, draws.mirrored(x0), draws.t, draws.eps)
             accelerator.backward(losses.mean())
             seen.append((draws.t, losses.detach()))
         state.optimizer_step(step, seen)

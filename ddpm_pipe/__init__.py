@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from ddpm_pipe.unet import DDPMUNet2DModel
 
 __all__ = ["DDIMScheduler", "DDPMPipeline", "DDPMScheduler", "DDPMUNet2DModel"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 HOMES = {
     "DDPMPipeline": "pretrained",

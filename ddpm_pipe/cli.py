@@ -31,9 +31,7 @@ COMMANDS = {
     "average": Command("training.config:AverageConfig", "training.posthoc:average", "rebuild averages of any length"),
     "push": Command("sharing.config:PushConfig", "sharing.push:push", "share a run on the Hub"),
     "convert": Command(
-        "sharing.convert.config:ConvertConfig",
-        "sharing.convert.command:convert",
-        "convert a checkpoint of another project",
+        "convert.config:ConvertConfig", "convert.command:convert", "convert a checkpoint of another project"
     ),
 }
 PRESETS = Path(str(files("ddpm_pipe"))) / "presets"

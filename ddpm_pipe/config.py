@@ -49,7 +49,7 @@ Float = Annotated[float, BeforeValidator(_number)]
 PositiveFloat = Annotated[Float, Field(gt=0)]
 NonNegativeFloat = Annotated[Float, Field(ge=0)]
 Share = Annotated[Float, Field(ge=0, lt=1)]
-Place = Annotated[str, BeforeValidator(_as_text), Field(min_length=1)]
+Place = Annotated[str, Field(min_length=1), BeforeValidator(_as_text)]
 """A path, or the id of a repository on the Hub."""
 JsonDict = Annotated[dict[str, Any], BeforeValidator(_from_json)]
 """A mapping, which a flag gives as JSON."""
@@ -97,7 +97,7 @@ class Config(BaseModel):
             return f"{name} must be given: {cls.model_fields[name].description}."
         if error["type"] == "extra_forbidden":
             return f"{name} is unknown; known are {', '.join(cls.names())}."
-        return f"{name}={value!r:.100} must {error['msg'].removeprefix('Input should ')}."
+        return f"{name}={value!r:.100} must {error['msg'].partition(' should ')[2] or error['msg']}."
 
     @classmethod
     def sections(cls) -> dict[str, list[str]]:
@@ -161,8 +161,7 @@ def make_parser(config_class: type[Config], prog: str | None = None) -> _Parser:
         group = parser.add_argument_group(heading)
         for name in names:
             field = config_class.model_fields[name]
-            flags = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-            group.add_argument(*flags, dest=name, help=_help(field), **_arity(name, field))
+            group.add_argument(f"--{name}", help=_help(field), **_arity(name, field))
     return parser
 
 
@@ -181,10 +180,20 @@ def _choices(kind: Any) -> list[str]:
 
 def _arity(name: str, field: FieldInfo) -> dict[str, Any]:
     """How many values a flag takes: a truth may be left out, a list may have several."""
-    kinds = str(field.annotation)
-    if "bool" in kinds:
+    if _mentions(field.annotation, bool):
         return {"nargs": "?", "const": "true", "metavar": "true|false"}
-    return {"nargs": "+" if "list" in kinds else None, "metavar": name.upper()}
+    return {"nargs": "+" if _mentions(field.annotation, list) else None, "metavar": name.upper()}
+
+
+def _mentions(annotation: Any, kind: type) -> bool:
+    """Whether a type is another one, a union with it, or made of it."""
+    return kind in (annotation, get_origin(annotation)) or any(_mentions(part, kind) for part in get_args(annotation))
+
+
+def _underscored(word: str) -> str:
+    """A flag with - in its name as the one with _."""
+    flag, equals, value = word.partition("=")
+    return flag.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
 
 
 def parse(config_class: type[C], argv: Sequence[str], prog: str | None = None, **defaults: Any) -> C:
@@ -206,7 +215,7 @@ def parse(config_class: type[C], argv: Sequence[str], prog: str | None = None, *
         unknown = [str(key) for key in values if key not in known]
         if unknown:
             raise ValueError(f"{path} has unknown keys: {', '.join(unknown)}; known are {', '.join(known)}.")
-    given, rest = make_parser(config_class, prog).parse_known_args(argv)
+    given, rest = make_parser(config_class, prog).parse_known_args([_underscored(word) for word in argv])
     if rest:
         raise ValueError(f"unknown arguments: {' '.join(rest)}; known are --{', --'.join(known)}.")
     return config_class(**values | vars(given))

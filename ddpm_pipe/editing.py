@@ -3,6 +3,8 @@
 Each is a pipeline built of the parts of another one, the same objects: `InpaintPipeline.from_pipe(pipeline)`.
 """
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -70,14 +72,13 @@ class InterpolationPipeline(DDPMPipeline):
         )
 
 
-class ImageToImagePipeline(DDPMPipeline):
-    """Images like a given one: noise is added to it and taken away again (SDEdit, Meng et al. 2022, Algorithm 1)."""
+class _FromImagesPipeline(DDPMPipeline):
+    """What draws one image for each given one: all that is the same whatever is done with it."""
 
-    @torch.no_grad()
-    def __call__(  # type: ignore[override]
+    def _edit(
         self,
-        image: Images,
-        strength: float = 0.5,
+        given: Tensor,
+        draw: Callable[[Tensor, Callable[[], Tensor], Callable[..., Tensor]], Tensor],
         generator: Generators = None,
         num_inference_steps: int | None = None,
         eta: float = 0.0,
@@ -86,32 +87,56 @@ class ImageToImagePipeline(DDPMPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
+        """What a call returns.
+
+        Args:
+            given: images (B, C, H, W).
+            draw: (timesteps, noise, run) -> images (B, C, H, W) in [0, 1]: `noise()` draws N(0, I) of their shape, and
+                `run` is `_run` with labels and guidance, of a start and the timesteps to go through from there.
+            generator, num_inference_steps, eta, class_labels, guidance_scale, output_type, return_dict: as for a plain
+                pipeline of B images.
+        """
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        denoise, step_options = self._conditions(len(given), generator, class_labels, guidance_scale, eta)
+        timesteps = self._choose_timesteps(num_inference_steps)
+        noise = partial(self._initial_noise, len(given), generator)
+        images = draw(timesteps, noise, partial(self._run, denoise=denoise, step_options=step_options))
+        return self._output(images, output_type, return_dict)
+
+
+class ImageToImagePipeline(_FromImagesPipeline):
+    """Images like a given one: noise is added to it and taken away again (SDEdit, Meng et al. 2022, Algorithm 1)."""
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self, image: Images, strength: float = 0.5, **options: Any
+    ) -> ImagePipelineOutput | tuple:
         """One image for each given one.
 
         Args:
             image: PIL images, which are fitted to the network's size, or (B, C, H, W) in [0, 1].
             strength: share of the chosen timesteps that is gone through, in (0, 1]: little changes near 0, and near 1
                 all but nothing of the image is left.
-            generator, num_inference_steps, eta, class_labels, guidance_scale, output_type, return_dict: as for a plain
-                pipeline of B images.
+            options: generator, num_inference_steps, eta, class_labels, guidance_scale, output_type and return_dict, as
+                for a plain pipeline of B images.
 
         Raises:
             ValueError: for an argument that this network or scheduler cannot honour, naming it.
         """
-        check_choice("output_type", output_type, OUTPUT_TYPES)
         check_number("strength", strength)
         if not 0 < strength <= 1:
             raise ValueError(f"strength={strength} must be more than 0 and at most 1.")
-        x0 = 2 * read_images("image", image, self.image_shape).to(self._execution_device) - 1
-        denoise, step_options = self._conditions(len(x0), generator, class_labels, guidance_scale, eta)
-        timesteps = self._last_timesteps(num_inference_steps, strength)
-        x_t = self.scheduler.add_noise(x0, self._initial_noise(len(x0), generator), timesteps[:1])
-        return self._output(self._run(x_t, timesteps, denoise, step_options), output_type, return_dict)
+        given = read_images("image", image, self.image_shape).to(self._execution_device)
 
-    def _last_timesteps(self, num_inference_steps: int | None, strength: float) -> Tensor:
-        """The chosen timesteps without the first 1 - strength of them; at least one."""
-        scheduler = self.scheduler
-        timesteps, order = self._choose_timesteps(num_inference_steps), scheduler.order
+        def draw(timesteps: Tensor, noise: Callable[[], Tensor], run: Callable[..., Tensor]) -> Tensor:
+            last = self._begin_late(timesteps, strength)
+            return run(self.scheduler.add_noise(2 * given - 1, noise(), last[:1]), last)
+
+        return self._edit(given, draw, **options)
+
+    def _begin_late(self, timesteps: Tensor, strength: float) -> Tensor:
+        """The timesteps without the first 1 - strength of them, at least one; the scheduler is told where that is."""
+        scheduler, order = self.scheduler, self.scheduler.order
         count = (len(timesteps) + order - 1) // order  # those of order 2 have each timestep but the first twice
         begin = (count - max(round(strength * count), 1)) * order
         if hasattr(scheduler, "set_begin_index"):
@@ -121,23 +146,12 @@ class ImageToImagePipeline(DDPMPipeline):
         return timesteps[begin:]
 
 
-class InpaintPipeline(DDPMPipeline):
+class InpaintPipeline(_FromImagesPipeline):
     """A part of an image drawn anew to fit the rest (RePaint, Lugmayr et al. 2022, Algorithm 1)."""
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]
-        self,
-        image: Images,
-        mask: Images,
-        jump_length: int = 10,
-        resamplings: int = 10,
-        generator: Generators = None,
-        num_inference_steps: int | None = None,
-        eta: float = 0.0,
-        class_labels: Labels = None,
-        guidance_scale: float = 1.0,
-        output_type: str = "pil",
-        return_dict: bool = True,
+        self, image: Images, mask: Images, jump_length: int = 10, resamplings: int = 10, **options: Any
     ) -> ImagePipelineOutput | tuple:
         """One image for each given one; where the mask is 0 it is exactly the given one.
 
@@ -148,35 +162,34 @@ class InpaintPipeline(DDPMPipeline):
             jump_length: j, how many steps are gone back at once, 1 to num_inference_steps - 1.
             resamplings: U or r, how often each stretch is gone through, at least 1: more of them fit the new part
                 better to the rest, and take about as many times longer.
-            generator, num_inference_steps, eta, class_labels, guidance_scale, output_type, return_dict: as for a plain
-                pipeline of B images.
+            options: generator, num_inference_steps, eta, class_labels, guidance_scale, output_type and return_dict, as
+                for a plain pipeline of B images.
 
         Raises:
             ValueError: for a scheduler of diffusers, or an argument that cannot be honoured, naming it.
         """
-        check_choice("output_type", output_type, OUTPUT_TYPES)
         check_levels(self.scheduler)
         given = read_images("image", image, self.image_shape).to(self._execution_device)
         drawn = read_images("mask", mask, (1, *self.image_shape[1:])).to(self._execution_device) >= 0.5
         if len(drawn) not in (1, len(given)):
             raise ValueError(f"mask holds {len(drawn)} masks for {len(given)} images; give one, or one per image.")
-        denoise, step_options = self._conditions(len(given), generator, class_labels, guidance_scale, eta)
-        timesteps = self._choose_timesteps(num_inference_steps)
-        order = resampling_order(len(timesteps), jump_length, resamplings)
-        path = timesteps[torch.tensor(order, device=timesteps.device)]
 
-        def keep(pipeline: DiffusionPipeline, i: int, t: Tensor, tensors: dict) -> dict:
-            """Lines 4 to 10: x_s of the given image where it is kept; then back to the next timestep, if that is."""
-            alpha_bar_s = self.scheduler.alpha_bar(self.scheduler.previous_timestep(t))
-            known = add_noise(2 * given - 1, self._initial_noise(len(given), generator), alpha_bar_s)
-            x = torch.where(drawn, tensors["sample"], known)
-            if i + 1 < len(order) and order[i + 1] <= order[i]:
-                alpha = self.scheduler.alpha_bar(path[i + 1]) / alpha_bar_s  # of q(x_t | x_s), as one step
-                x = add_noise(x, self._initial_noise(len(given), generator), alpha)
-            return {"sample": x}
+        def draw(timesteps: Tensor, noise: Callable[[], Tensor], run: Callable[..., Tensor]) -> Tensor:
+            order = resampling_order(len(timesteps), jump_length, resamplings)
+            path = timesteps[torch.tensor(order, device=timesteps.device)]
 
-        images = self._run(self._initial_noise(len(given), generator), path, denoise, step_options, keep)
-        return self._output(torch.where(drawn, images, given), output_type, return_dict)
+            def keep(pipeline: DiffusionPipeline, i: int, t: Tensor, tensors: dict) -> dict:
+                """Lines 4 to 10: x_s of the given image where it is kept; then back, if the next timestep is."""
+                alpha_bar_s = self.scheduler.alpha_bar(self.scheduler.previous_timestep(t))
+                x = torch.where(drawn, tensors["sample"], add_noise(2 * given - 1, noise(), alpha_bar_s))
+                if i + 1 < len(order) and order[i + 1] <= order[i]:
+                    alpha = self.scheduler.alpha_bar(path[i + 1]) / alpha_bar_s  # of q(x_t | x_s), as one step
+                    x = add_noise(x, noise(), alpha)
+                return {"sample": x}
+
+            return torch.where(drawn, run(noise(), path, callback=keep), given)
+
+        return self._edit(given, draw, **options)
 
 
 class InversionPipeline(DDPMPipeline):

@@ -1,17 +1,50 @@
 """Processes and threads, as a launcher or a user chose them."""
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import psutil
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=30)
+"""How long processes wait for one that decodes, draws, compiles or uploads. Where one of them dies, the launcher ends
+the others: torchrun and `accelerate launch` do it at once, and kill after 30 seconds what does not end by itself."""
 
 
 def processes() -> PartialState:
-    """The processes of this launch; those that are done wait for the others, for days."""
+    """The processes of this launch."""
     # said outright, so that several processes on CPUs find each other
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+
+
+def local_processes() -> int:
+    """How many processes of this launch run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def from_main(function: Callable[[], T]) -> T:
+    """What `function` returns on the main process, on all processes; what it raises there is raised on all.
+
+    Machines need not share a disk: what a file says is what the main process reads.
+    """
+    outcome: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = function()
+        except Exception as error:
+            outcome[1] = error
+    if PartialState().num_processes > 1:
+        broadcast_object_list(outcome)
+    result, refusal = outcome
+    if refusal is not None:
+        raise refusal
+    return result
 
 
 def use_all_cores() -> None:

@@ -36,6 +36,9 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         unet: a `DDPMUNet2DModel` or a `diffusers.UNet2DModel`.
         scheduler: of this package or of diffusers, with the noise levels and the `prediction_type` that the network was
             trained with; one that is plugged in later must have the same.
+
+    Attributes:
+        own_scheduler: that scheduler; it says what the network was trained for, whatever is plugged in later.
     """
 
     model_cpu_offload_seq = "unet"
@@ -44,7 +47,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
-        self._own_scheduler = scheduler  # it says what the network was trained for, whatever is plugged in later
+        self.own_scheduler = scheduler
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **components):
@@ -54,7 +57,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         """
         made = cls(**pipeline.components | components)
         if "unet" not in components:
-            made._own_scheduler = getattr(pipeline, "_own_scheduler", pipeline.scheduler)
+            made.own_scheduler = getattr(pipeline, "own_scheduler", pipeline.scheduler)
         return made
 
     @torch.no_grad()
@@ -174,13 +177,13 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         use_clipped_model_output: bool | None = None,
     ) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], dict]:
         """The network with labels and guidance, as (x_t, t, last x0) -> output, and the keywords of the steps."""
-        check_scheduler(self.scheduler, self._own_scheduler)
+        check_scheduler(self.scheduler, self.own_scheduler)
         check_number("eta", eta)
         check_number("guidance_scale", guidance_scale)
         self._check_batch(generator, batch_size)
         step_options = self._step_options(generator, eta, use_clipped_model_output)
-        labels = self._labels(class_labels, batch_size, guidance_scale)
-        return self._denoiser(labels, guidance_scale), step_options
+        labels = self.network_labels(class_labels, batch_size, guidance_scale)
+        return self.denoiser(labels, guidance_scale), step_options
 
     def _check_batch(self, generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> None:
         check_number("batch_size", batch_size, whole=True)
@@ -219,7 +222,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             raise ValueError(f"sample must be finite floating-point noise, it is {given.dtype} or not finite.")
         return given.to(self._execution_device, torch.float32)
 
-    def _denoiser(self, labels: Tensor | None = None, scale: float = 1.0) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def denoiser(self, labels: Tensor | None = None, scale: float = 1.0) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """The network with guidance, as (x_t, t, last x0) -> (B, C, H, W), or (B, 2C, H, W) with learned variance.
 
         Args:
@@ -253,8 +256,14 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         prediction = model_output[:, : model_input.shape[1]]
         return PREDICTIONS[self.scheduler.config.prediction_type].x0(prediction, model_input, alpha_bar)
 
-    def _labels(self, class_labels: int | list[int] | Tensor | None, batch_size: int, scale: float) -> Tensor | None:
-        """Labels (B,) for the network; with guidance (2B,), the second half being the null class."""
+    def network_labels(
+        self, class_labels: int | list[int] | Tensor | None, batch_size: int, scale: float = 1.0
+    ) -> Tensor | None:
+        """Labels (B,) for the network; with guidance (2B,), the second half being the null class; None without classes.
+
+        Raises:
+            ValueError: for labels that the network does not have, naming those that it has.
+        """
         null = null_class(self.unet)
         if null is None:
             if class_labels is not None or scale != 1.0:

@@ -81,8 +81,11 @@ TIMESTEP_SPACINGS: dict[str, Callable[[int, int, int], np.ndarray]] = {
 # ---------------------------------------------------------------- what both samplers share
 
 
-class _DiffusionScheduler(SchedulerMixin, ConfigMixin):
-    """A chain of noise levels, the timesteps chosen from it, and the network's output turned into x0 and eps."""
+class DiffusionScheduler(SchedulerMixin, ConfigMixin):
+    """A chain of noise levels, the timesteps chosen from it, and the network's output turned into x0 and eps.
+
+    A sampler is a subclass with a `step`, whose `__init__` takes the keys of the config and ends with `build`.
+    """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
     order = 1
@@ -94,7 +97,7 @@ class _DiffusionScheduler(SchedulerMixin, ConfigMixin):
         diffusers = importlib.import_module("diffusers")
         return [cls, *(getattr(diffusers, name) for name in cls._compatibles if hasattr(diffusers, name))]
 
-    def _build(self, final_alpha_bar_is_one: bool = True) -> None:
+    def build(self, final_alpha_bar_is_one: bool = True) -> None:
         """Check the config and make the tables; called at the end of each `__init__`."""
         # diffusers drops the keys listed here when it makes another scheduler of this config, and some (Heun, KDPM2)
         # have other defaults: beta_end 0.012, say. None are listed, so that the chain stays the same.
@@ -180,8 +183,16 @@ class _DiffusionScheduler(SchedulerMixin, ConfigMixin):
         below = torch.searchsorted(chosen, torch.arange(self.config.num_train_timesteps))
         previous = torch.cat([torch.tensor([-1]), chosen])[below]
         self._previous_numbers = dict(enumerate(previous.tolist()))
-        self._previous = previous.to(device)
-        self._alpha_bar = self._alpha_bar.to(device)
+        self._previous = previous
+        self._placed: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._tables(self.timesteps.device)
+
+    def _tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`_alpha_bar` and `_previous` on a device: `set_timesteps` brings them to its own; to another, as that of a
+        training that never calls it, they are copied when they are first asked for."""
+        if device not in self._placed:
+            self._placed[device] = self._alpha_bar.to(device), self._previous.to(device)
+        return self._placed[device]
 
     def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
         """The timestep that follows `timestep` in sampling, -1 after the last: a number for a number, else a tensor
@@ -194,8 +205,8 @@ class _DiffusionScheduler(SchedulerMixin, ConfigMixin):
             if timestep not in self._previous_numbers:
                 raise ValueError(f"timestep={timestep} must be a whole number from 0 to {len(self) - 1}.")
             return self._previous_numbers[timestep]
-        self._previous = self._previous.to(timestep.device)
-        return self._previous.index_select(0, timestep.reshape(-1)).view(timestep.shape)
+        _, previous = self._tables(timestep.device)
+        return previous.index_select(0, timestep.reshape(-1)).view(timestep.shape)
 
     @overload
     def alpha_bar(self, timestep: int) -> float: ...
@@ -207,9 +218,8 @@ class _DiffusionScheduler(SchedulerMixin, ConfigMixin):
         """alpha_bar at timesteps >= -1: a number for a number, else float64, shaped like `timestep` on its device."""
         if not isinstance(timestep, Tensor):
             return self._alpha_bar_numbers[timestep]
-        if self._alpha_bar.device != timestep.device:
-            self._alpha_bar = self._alpha_bar.to(timestep.device)
-        return self._alpha_bar.index_select(0, timestep.reshape(-1).long() + 1).view(timestep.shape)
+        alpha_bar, _ = self._tables(timestep.device)
+        return alpha_bar.index_select(0, timestep.reshape(-1).long() + 1).view(timestep.shape)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -230,7 +240,7 @@ class _DiffusionScheduler(SchedulerMixin, ConfigMixin):
 
     # ------------------------------------------------------------ the denoised image
 
-    def _clip(self, x0: Tensor) -> Tensor:
+    def clip(self, x0: Tensor) -> Tensor:
         """x0 clipped or dynamically thresholded (Saharia et al. 2022, section 2.3), as the config says."""
         if self.config.thresholding:
             magnitude = x0.flatten(1).abs().float()
@@ -264,7 +274,7 @@ class ReverseKernel(NamedTuple):
     """the estimate of the clean image it was made from, (B, C, H, W)"""
 
 
-class DDPMScheduler(_DiffusionScheduler):
+class DDPMScheduler(DiffusionScheduler):
     """Ancestral sampling (DDPM, Ho et al. 2020, Algorithm 2), with the interface of `diffusers.DDPMScheduler`.
 
     Args:
@@ -308,7 +318,7 @@ class DDPMScheduler(_DiffusionScheduler):
     ):
         check_choice("variance_type", variance_type, VARIANCE_TYPES)
         self.variance_type = variance_type
-        self._build()
+        self.build()
         # beta_tilde of 1 -> 0, the last step that has noise; the decoder takes it too (DDPM, section 3.3)
         ends = self._alpha_bar[[min(2, num_train_timesteps), 1]]
         self._last_variance = posterior_coefficients(*ends.tolist())[2] or 1e-20
@@ -362,7 +372,7 @@ class DDPMScheduler(_DiffusionScheduler):
         output, *variance_output = self._split(output, x_t.shape[1])
         alpha_bar_t, alpha_bar_s = self.alpha_bar(t), self.alpha_bar(s)
         x0 = PREDICTIONS[self.config.prediction_type].x0(output, x_t, alpha_bar_t)
-        x0 = self._clip(x0) if clip else x0
+        x0 = self.clip(x0) if clip else x0
         mean, small = posterior(x0, x_t, alpha_bar_t, alpha_bar_s)
         if isinstance(s, Tensor):
             small = torch.where(s < 0, self._last_variance, small)
@@ -396,7 +406,7 @@ class DDPMScheduler(_DiffusionScheduler):
 # ---------------------------------------------------------------- DDIM
 
 
-class DDIMScheduler(_DiffusionScheduler):
+class DDIMScheduler(DiffusionScheduler):
     """Implicit sampling (DDIM, Song et al. 2021, eq. 12 and 16), with the interface of `diffusers.DDIMScheduler`.
 
     The arguments are those of `DDPMScheduler`, without `variance_type` (the variance channels of a network with learned
@@ -423,7 +433,7 @@ class DDIMScheduler(_DiffusionScheduler):
         timestep_spacing: str = "leading",
         rescale_betas_zero_snr: bool = False,
     ):
-        self._build(final_alpha_bar_is_one=set_alpha_to_one)
+        self.build(final_alpha_bar_is_one=set_alpha_to_one)
         self.final_alpha_cumprod = self._alpha_bar[0].float()
 
     def step(
@@ -464,7 +474,7 @@ class DDIMScheduler(_DiffusionScheduler):
         alpha_bar_t, alpha_bar_s = self.alpha_bar(timestep), self.alpha_bar(s)
 
         row = PREDICTIONS[self.config.prediction_type]
-        x0 = self._clip(row.x0(output, x_t, alpha_bar_t))
+        x0 = self.clip(row.x0(output, x_t, alpha_bar_t))
         eps = eps_from_x0(x0, x_t, alpha_bar_t) if use_clipped_model_output else row.eps(output, x_t, alpha_bar_t)
         # eq. 16: of the noise 1 - alpha_bar_s this share is new, that of the posterior's variance where eta = 1
         new = eta**2 * (1 - alpha_bar_t / alpha_bar_s) / (1 - alpha_bar_t)

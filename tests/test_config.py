@@ -11,10 +11,10 @@ from conftest import one_sentence
 
 from ddpm_pipe.cli import PRESETS
 from ddpm_pipe.config import Config, make_parser, parse
+from ddpm_pipe.convert.config import ConvertConfig
 from ddpm_pipe.evaluation.config import EvaluateConfig
 from ddpm_pipe.sampling.config import ALIASES, GenerateConfig
 from ddpm_pipe.sharing.config import PushConfig
-from ddpm_pipe.sharing.convert.config import ConvertConfig
 from ddpm_pipe.training.config import AverageConfig, TrainConfig
 
 
@@ -62,7 +62,7 @@ def test_numbers_without_a_dot_are_numbers(tmp_path):
         ("data: x", ["--lr_schedule", "step"], "lr_schedule='step' must be 'constant', 'linear' or 'cosine'."),
         ("data: x", ["--rescale_betas_zero_snr"], "rescale_betas_zero_snr needs prediction_type"),
         ("data: x", ["--resume", "--overwrite"], "resume and overwrite contradict"),
-        ("data: x", ["--output_dir", ""], "output_dir='' must "),
+        ("data: x", ["--output_dir", ""], "output_dir='' must have at least 1 character"),
     ],
 )
 def test_bad_config_is_one_sentence(tmp_path, text, argv, sentence):

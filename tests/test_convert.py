@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ddpm_pipe import DDIMScheduler, DDPMPipeline, DDPMUNet2DModel
-from ddpm_pipe.sharing.convert.command import FAMILIES, convert
-from ddpm_pipe.sharing.convert.config import ConvertConfig
+from ddpm_pipe.convert.command import FAMILIES, convert
+from ddpm_pipe.convert.config import ConvertConfig
 
 pytestmark = [
     pytest.mark.xdist_group("packages"),  # one worker downloads them
@@ -364,7 +364,7 @@ def test_attention_of_2022_has_its_names_of_today(tmp_path):
 
 
 @pytest.mark.parametrize("pickled", [False, True])
-def test_repository_of_the_hub_is_converted(pickled, tmp_path, repo, monkeypatch):
+def test_repository_of_the_hub_is_converted(pickled, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     stock = google(tmp_path / "stock", pickled, at_root=True)
@@ -374,7 +374,7 @@ def test_repository_of_the_hub_is_converted(pickled, tmp_path, repo, monkeypatch
         api.create_repo("org/stock")
         api.upload_folder(repo_id="org/stock", folder_path=tmp_path / "stock")
         for source, code in (("org/stock", 0), ("org/none", 2), ("org/a/b", 2)):
-            command = [sys.executable, repo / "examples" / "convert.py", "--source", source]
+            command = [sys.executable, "-m", "ddpm_pipe", "convert", "--source", source]
             environment = os.environ | hub.environment(token="hf_good", home=tmp_path / "home")
             command += ["--output_dir", tmp_path / source]
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -678,9 +678,9 @@ def test_other_pipelines_of_diffusers_are_refused(tmp_path):
 
 
 def test_command_ends_in_one_sentence(tmp_path):
-    script = Path(__file__).parents[1] / "examples" / "convert.py"
     torch.save({"weight": torch.zeros(1)}, tmp_path / "model.pt")
-    command = [sys.executable, script, "--source", tmp_path / "model.pt", "--output_dir", tmp_path / "out"]
+    command = [sys.executable, "-m", "ddpm_pipe", "convert"]
+    command += ["--source", tmp_path / "model.pt", "--output_dir", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("ddpm-pipe convert: source=") and done.stderr.count("\n") == 1

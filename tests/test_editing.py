@@ -228,7 +228,7 @@ def test_samplers_other_than_ddim_are_refused(cls, scheduler):
 def test_image_is_noised_to_its_timestep_and_follows_the_flow_from_there(scheduler, steps, strength):
     pipe = gaussian_pipe(ImageToImagePipeline, DDIMScheduler if scheduler == "ours" else getattr(diffusers, scheduler))
     given = some_images(2, 1)
-    images = pipe(given, strength, seeded(), steps, output_type="pt").images
+    images = pipe(given, strength, generator=seeded(), num_inference_steps=steps, output_type="pt").images
     alpha_bar = ALPHA_BAR[round(strength * 1000) - 1]
     assert pipe.unet.seen[0] == round(strength * 1000) - 1
     x_t = alpha_bar.sqrt() * (2 * given - 1) + (1 - alpha_bar).sqrt() * torch.randn(2, 1, 8, 8, generator=seeded())
@@ -243,7 +243,8 @@ def test_image_is_noised_to_its_timestep_and_follows_the_flow_from_there(schedul
 def test_ancestral_sampling_draws_from_the_posterior_of_the_noised_image(scheduler, options, strength):
     """x0 | x_t ~ N(m + g (x_t - sqrt(alpha_bar) m), STD^2 (1 - alpha_bar) / v), with g = sqrt(alpha_bar) STD^2 / v."""
     pipe = gaussian_pipe(ImageToImagePipeline, scheduler)
-    images = pipe(torch.full((256, 1, 8, 8), 0.7), strength, seeded(), 1000, output_type="pt", **options).images
+    options = options | {"generator": seeded(), "num_inference_steps": 1000, "output_type": "pt"}
+    images = pipe(torch.full((256, 1, 8, 8), 0.7), strength, **options).images
     alpha_bar = ALPHA_BAR[round(strength * 1000) - 1].item()
     total = alpha_bar * Gaussian.STD**2 + 1 - alpha_bar
     gain = alpha_bar**0.5 * Gaussian.STD**2 / total
@@ -257,7 +258,7 @@ def test_ancestral_sampling_draws_from_the_posterior_of_the_noised_image(schedul
 @pytest.mark.parametrize("strength, expected", [(1.0, [900, 800, 700]), (0.29, [200, 100, 0]), (0.1, [0]), (1e-6, [0])])
 def test_strength_is_the_share_of_the_timesteps(strength, expected):
     pipe = gaussian_pipe(ImageToImagePipeline, spacing="leading")
-    pipe(some_images(1, 1), strength, seeded(), 10)
+    pipe(some_images(1, 1), strength, generator=seeded(), num_inference_steps=10)
     assert pipe.unet.seen[:3] == expected
 
 
@@ -265,7 +266,7 @@ def test_strength_is_the_share_of_the_timesteps(strength, expected):
 def test_schedulers_that_count_are_told_where_to_begin(scheduler, expected):
     """Timesteps alone do not tell: with the noise levels of Karras et al. some of them coincide."""
     pipe = gaussian_pipe(ImageToImagePipeline, getattr(diffusers, scheduler))
-    pipe(some_images(1, 1), 0.8, seeded(), 10)
+    pipe(some_images(1, 1), 0.8, generator=seeded(), num_inference_steps=10)
     assert pipe.scheduler.begin_index == expected
 
 
@@ -275,6 +276,12 @@ def test_image_to_image_is_the_same_with_the_schedulers_of_diffusers(kind):
     stock = getattr(diffusers, kind).from_config(ours.config)
     images = [edit(editor(ImageToImagePipeline, scheduler=scheduler)) for scheduler in (ours, stock)]
     assert_close(*images, **ROUNDING)
+
+
+@pytest.mark.parametrize("cls", [ImageToImagePipeline, InpaintPipeline])
+def test_an_argument_that_is_not_known_is_an_error_as_of_any_call(cls):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sample'"):
+        edit(editor(cls), sample=None)
 
 
 @pytest.mark.parametrize("strength", [0, -0.1, 1.01])
@@ -349,7 +356,8 @@ def inpaint_a_pixel(resamplings: int, jump_length: int = 2, steps: int = 20, sch
     image = torch.full((4000, 1, 1, 2), (CONDITIONAL["pixel"] + 1) / 2)
     pipe = gaussian_pipe(InpaintPipeline, scheduler, **size)
     mask = torch.tensor([0, 1]).view(1, 1, 1, 2)
-    images = pipe(image, mask, jump_length, resamplings, seeded(), steps, output_type="pt", **options).images
+    options |= {"generator": seeded(), "num_inference_steps": steps, "output_type": "pt"}
+    images = pipe(image, mask, jump_length, resamplings, **options).images
     assert torch.equal(images[..., 0], image[..., 0])
     return 2 * images[:, 0, 0, 1] - 1
 

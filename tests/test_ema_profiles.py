@@ -22,10 +22,11 @@ from torch import nn
 
 from ddpm_pipe import DDPMPipeline
 from ddpm_pipe.run.folder import Run
+from ddpm_pipe.training import posthoc
 from ddpm_pipe.training.config import AverageConfig, TrainConfig
 from ddpm_pipe.training.ema import EMA, posthoc_coefficients, power_decay, power_exponent, profile_products
 from ddpm_pipe.training.loop import train
-from ddpm_pipe.training.posthoc import average, reconstruct
+from ddpm_pipe.training.posthoc import reconstruct
 
 reliable = settings(deadline=None, derandomize=True, database=None)
 FLAT = 12**-0.5  # the widest profile
@@ -300,7 +301,7 @@ def test_snapshots_are_taken_when_the_config_says(tmp_path, every, expected):
 def refuses(run: Path, *parts: str, **options):
     """Averages of this run are refused in one sentence with these parts."""
     with one_sentence(*parts):
-        average(AverageConfig(run=str(run), **options))
+        posthoc.average(AverageConfig(run=str(run), **options))
 
 
 @pytest.fixture
@@ -343,7 +344,7 @@ def test_training_refuses_a_width_that_no_profile_has(width):
 @a_real_run
 def test_weights_that_are_not_finite_are_refused_and_what_was_written_stays(pair, tmp_path):
     run = shutil.copytree(pair.tracked, tmp_path / "run")
-    (written,) = average(AverageConfig(run=str(run), sigma_rel="0.1"))
+    (written,) = posthoc.average(AverageConfig(run=str(run), sigma_rel="0.1"))
     before = load_file(written / "unet" / "diffusion_pytorch_model.safetensors")
     bad = run / "ema" / "step-00000040" / "0.05.safetensors"
     save_file({name: torch.full_like(tensor, float("nan")) for name, tensor in load_file(bad).items()}, bad)
@@ -403,7 +404,7 @@ def test_snapshots_of_another_network_are_one_sentence(pair, tmp_path):
 @a_real_run
 def test_pipelines_hold_no_path_of_the_machine(pair, tmp_path):
     run = shutil.copytree(pair.tracked, tmp_path / "run")
-    (written,) = average(AverageConfig(run=str(run), sigma_rel="0.07"))
+    (written,) = posthoc.average(AverageConfig(run=str(run), sigma_rel="0.07"))
     for folder in (written, run / "pipeline"):
         texts = {path.name: path.read_text() for path in folder.rglob("*.json")}
         assert {"model_index.json", "config.json", "scheduler_config.json"} <= texts.keys()

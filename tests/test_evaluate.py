@@ -18,10 +18,13 @@ from ddpm_pipe.data.images import to_unit_range
 from ddpm_pipe.data.memory import load_images
 from ddpm_pipe.data.sources import open_dataset
 from ddpm_pipe.evaluation import evaluate as evaluation
+from ddpm_pipe.evaluation.bits import denoiser
 from ddpm_pipe.evaluation.config import EvaluateConfig
-from ddpm_pipe.evaluation.evaluate import denoiser, distance, evaluate, only_finite
+from ddpm_pipe.evaluation.evaluate import evaluate
+from ddpm_pipe.evaluation.results import Metric, Point, Results
 from ddpm_pipe.likelihood import variational_bound
 from ddpm_pipe.run.files import replace_folder
+from ddpm_pipe.run.folder import Run
 from ddpm_pipe.sharing.card import make_card
 
 DATA = str(REPO / "examples" / "fashion_mnist")
@@ -114,6 +117,7 @@ def test_a_sweep_over_models_compares_averages(measure, run, tmp_path):
 def test_bits_per_dimension_are_the_bound_of_the_held_out_images(measure, run, split_images):
     result = measure("--num_images", "0", "--bits_images", "30", "--bits_terms", "19", "--class_labels", "balanced")
     (row,) = result["metrics"]
+    assert list(row) == ["type", "name", "value", "protocol", "standard_error", "terms"]
     assert row["value"] == pytest.approx(sum(row["terms"].values())) and row["standard_error"] > 0
     assert "given their labels" in row["protocol"] and "19 of 19 terms" in row["protocol"]
 
@@ -126,6 +130,15 @@ def test_bits_per_dimension_are_the_bound_of_the_held_out_images(measure, run, s
         bound = variational_bound(denoiser(pipeline, labels), pipeline.scheduler, to_unit_range(images), 19, draw)
         totals.append(bound.total.mean().item())
     assert min(totals) - 0.2 < row["value"] < max(totals) + 0.2
+
+
+def test_other_seeds_give_another_distance_and_are_named(measure):
+    first, second = (measure("--num_images", "0", "--seeds", seeds)["metrics"][0] for seeds in ("0-19", "20-34,90-94"))
+    assert first["name"] == second["name"] == "FID-20 of feature_network.pt"
+    assert first["protocol"].endswith("seeds 0-19") and second["protocol"].endswith("seeds 20-34,90-94")
+    assert abs(first["value"] - second["value"]) > 1e-3
+    counted = measure("--num_images", "20")["metrics"][0]
+    assert counted["protocol"] == first["protocol"] and counted["value"] == pytest.approx(first["value"])
 
 
 def test_neighbours_are_drawn_and_compared_with_those_of_real_images(measure, tmp_path):
@@ -159,7 +172,7 @@ def evaluated(own_run, feature_file, split_images, fresh_accelerate):  # noqa: F
 
 def shown(run: Path, pipeline: str) -> dict[str, float]:
     """Name and value of the metrics in the metadata of the card."""
-    data = ModelCard(str(make_card(run, run / pipeline, "org/mine"))).data
+    data = ModelCard(str(make_card(Run(run), run / pipeline, "org/mine"))).data
     return {result.metric_name: result.metric_value for result in data.eval_results or []}
 
 
@@ -168,7 +181,7 @@ def test_the_model_card_shows_what_was_measured(evaluated, own_run):
     assert file == own_run / "pipeline" / "evaluation.json"
     fid = json.loads(file.read_text())["metrics"][0]
     assert shown(own_run, "pipeline")["FID-20 of feature_network.pt"] == pytest.approx(fid["value"])
-    assert fid["protocol"] in make_card(own_run, own_run / "pipeline", "org/mine").text
+    assert fid["protocol"] in make_card(Run(own_run), own_run / "pipeline", "org/mine").text
 
 
 def test_the_card_of_other_weights_shows_none_of_it(evaluated, own_run, capsys):
@@ -208,7 +221,7 @@ def test_of_a_sweep_over_models_each_card_shows_its_own(evaluated, own_run):
 def test_an_evaluation_that_cannot_be_read_is_one_sentence(own_run, content):
     (own_run / "pipeline" / "evaluation.json").write_text(content)
     with pytest.raises(ValueError, match=r"evaluation\.json is not what ddpm-pipe evaluate writes .*; evaluate again"):
-        make_card(own_run, own_run / "pipeline", "org/mine")
+        make_card(Run(own_run), own_run / "pipeline", "org/mine")
 
 
 def test_a_metric_that_is_not_a_number_is_not_shown(evaluated, own_run):
@@ -217,17 +230,20 @@ def test_a_metric_that_is_not_a_number_is_not_shown(evaluated, own_run):
     result["metrics"][0]["value"] = math.nan
     file.write_text(json.dumps(result))
     with pytest.raises(ValueError, match="holds a metric that is not finite"):
-        make_card(own_run, own_run / "pipeline", "org/mine")
+        make_card(Run(own_run), own_run / "pipeline", "org/mine")
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"data": ""}, "data must name the real images"),
+        ({"data": ""}, "data='' must have at least 1 character"),
         ({"bits_images": 1}, "bits_images=1 has no standard error"),
-        ({"num_images": -1}, "num_images=-1 must be at least 0"),
+        ({"num_images": -1}, "num_images=-1 must be greater than or equal to 0"),
+        ({"bits_terms": 0}, "bits_terms=0 must be greater than or equal to 1"),
         ({"neighbours": 9, "num_images": 8}, "neighbours=9 must be at most num_images=8"),
         ({"num_images": 19}, "num_images=19 must be 0, or at least 20"),
+        ({"seeds": "0-18"}, r"seeds='0-18' \(19 images\) must be at least 20"),
+        ({"neighbours": 21, "seeds": "5-24"}, r"neighbours=21 must be at most the 20 images of seeds='5-24'"),
         ({"num_images": 0}, "num_images and bits_images are both 0"),
         ({"sweep": ["shape=1"]}, "sweep='shape=1' must be option=value"),
         ({"sweep": ["steps"]}, "sweep='steps' must be option=value"),
@@ -252,9 +268,10 @@ def nothing_drawn(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--bits_images", "4", "--bits_terms", "0"], "bits_terms=0 must lie between 1 and the 19 that the model has"),
-        (["--bits_images", "4", "--bits_terms", "-1"], "bits_terms=-1 must lie between 1 and the 19"),
-        (["--bits_images", "4", "--bits_terms", "20"], "bits_terms=20 must lie between 1 and the 19"),
+        (
+            ["--bits_images", "4", "--bits_terms", "20"],
+            "bits_terms=20 must lie between 1 and the 19 that the model has",
+        ),
         (["--sweep", "steps=2,21"], "steps=21 must lie between 1 and the 20"),
         (["--sweep", "scheduler=ddim,no-such"], "scheduler='no-such' is unknown; use one of ddpm, ddim"),
         (["--sweep", "model=PIPELINE,/no/such/folder"], "model='/no/such/folder' is neither a folder"),
@@ -279,13 +296,15 @@ def test_too_few_training_images_are_refused_before_an_image_is_drawn(measure, n
 
 
 def test_more_images_than_there_are_have_no_bits(measure):
-    with pytest.raises(ValueError, match=r"need at least 41 images held out of training, but split='test' .* has 40,"):
+    with pytest.raises(
+        ValueError, match=r"need at least 41 images held out of training, but test_split='test' .* has 40,"
+    ):
         measure("--num_images", "0", "--bits_images", "41")
 
 
 @pytest.mark.parametrize("asked", [("--bits_images", "4"), ("--neighbours", "2")])
 def test_training_images_do_not_pass_for_held_out_ones(measure, few_images, nothing_drawn, asked):
-    told = "split='test' of data=.* has 0, beside 60 that are also in train_split='train'"
+    told = "test_split='test' of data=.* has 0, beside 60 that are also in train_split='train'"
     with pytest.raises(ValueError, match=told):  # a folder of one split, whatever its name
         measure("--num_images", "20", "--data", few_images, *asked)
 
@@ -298,7 +317,7 @@ def test_copies_of_training_images_are_left_out_of_those_held_out(measure, split
     alone = measure(*asked)
     assert "are left out" not in capsys.readouterr().out
     beside_copies = measure(*asked, "--data", str(tmp_path / "mixed"))
-    told = "of the 55 images of split='test', 15 that are also in train_split='train' are left out."
+    told = "of the 55 images of test_split='test', 15 that are also in train_split='train' are left out."
     assert told in capsys.readouterr().out
     assert values(alone) == values(beside_copies) and beside_copies["data"]["test"] == 40
 
@@ -354,17 +373,22 @@ def test_no_number_that_is_written_is_infinite(measure, tmp_path):
     assert result["sampling"]["scheduler"]["lambda_min_clipped"] == "-Infinity"
 
 
+def results_of(point: list[Metric], others: list[Metric]) -> Results:
+    """What one setting, and the rest, were measured to be."""
+    return Results(Path("m"), {}, {}, [Point(Path("m"), {}, {}, 0.0, point)], others)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_where_no_metric_is_finite_nothing_is_written(value):
-    bits = {"name": "bits/dim", "protocol": "bound", "value": value}
+def test_where_no_metric_is_finite_there_is_nothing_to_write(value):
+    bad, good = (Metric("bits_per_dim", "bits/dim", number, "bound") for number in (value, 1.0))
     with pytest.raises(ValueError, match="none of the metrics is finite; nothing is written"):
-        only_finite([{"metrics": []}], [bits])
-    measured, rest = only_finite([{"metrics": [bits | {"value": 1.0}, bits]}], [bits])
-    assert measured == [{"metrics": [bits | {"value": 1.0}]}] and rest == []
+        results_of([], [bad]).finite()
+    assert results_of([good, bad], [bad]).finite() == results_of([good], [])
 
 
 def test_a_point_without_fid_is_never_the_best():
-    assert distance({"metrics": [{"type": "precision", "value": 1.0}]}) == math.inf
+    (point,) = results_of([Metric("precision", "precision", 1.0, "")], []).points
+    assert point.distance == math.inf
 
 
 def test_results_of_a_model_that_is_no_folder_need_one(tmp_path):

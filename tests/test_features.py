@@ -237,7 +237,7 @@ def test_a_torchvision_that_cannot_be_imported_is_no_matter_to_the_metrics(tmp_p
     program = """
 import sys
 import feature_network  # the network of these tests, which imports torchmetrics
-from ddpm_pipe.metrics import inception_score
+from ddpm_pipe.evaluation.metrics import inception_score
 import torch
 print(inception_score(torch.zeros(30, 4)))
 print([name for name in sys.modules if name.startswith("torch_fidelity")])
@@ -250,7 +250,7 @@ print([name for name in sys.modules if name.startswith("torch_fidelity")])
 
 
 def test_help_says_that_a_file_of_features_is_a_program():
-    assert "a program that is run" in EvaluateConfig.__dataclass_fields__["features"].metadata["help"]
+    assert "a program that is run" in EvaluateConfig.model_fields["features"].description
 
 
 # ---------------------------------------------------------------- many images

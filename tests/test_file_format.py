@@ -121,7 +121,7 @@ ROOMS: dict[str, set[str]] = {
     "training": {"method", "config", "randomness", "run", "data", "weights", "pretrained", "sharing"},
     "evaluation": {"method", "config", "randomness", "launch", "run", "data", "weights", "pretrained", "sampling"}
     | {"sharing"},
-    "sharing.convert": {"method", "config", "run", "weights", "pretrained"},
+    "convert": {"method", "config", "run", "weights", "pretrained"},
     "cli": {"config"},
 }
 """Room or module -> where it may import from, besides itself. The command line loads what it runs by name."""

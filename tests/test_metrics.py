@@ -233,30 +233,37 @@ def test_metrics_are_those_of_torch_fidelity(torch_fidelity):  # noqa: F811
 # ---------------------------------------------------------------- the table
 
 
-def test_rows_are_what_evaluation_json_holds():
-    rows = evaluate_features(draw(30, 4), draw(50, 4), draw(30, 7), "some network")
-    assert [(row["type"], row["name"]) for row in rows] == [
+def test_metrics_are_what_evaluation_json_holds():
+    metrics = evaluate_features(draw(30, 4), draw(50, 4), draw(30, 7), "some network")
+    assert [(metric.type, metric.name) for metric in metrics] == [
         ("fid", "FID-30"),
         ("kid", "KID-30"),
         ("inception_score", "IS-30"),
         ("precision", "precision-30"),
         ("recall", "recall-30"),
     ]
-    assert all(row.keys() == {"type", "name", "value", "protocol"} and math.isfinite(row["value"]) for row in rows)
+    rows = [metric.to_json() for metric in metrics]
+    assert all(list(row) == ["type", "name", "value", "protocol"] and math.isfinite(row["value"]) for row in rows)
     assert rows[0]["protocol"] == "30 generated and 50 reference images, some network"
     assert "standard error" in rows[1]["protocol"] and "3 nearest neighbours" in rows[3]["protocol"]
 
 
+def test_no_metric_of_another_network_passes_for_an_fid():
+    metrics = evaluate_features(draw(30, 4), draw(50, 4), network="own.pt")
+    assert (metrics[0].type, metrics[0].name) == ("fid_of_other_features", "FID-30 of own.pt")
+    assert all("_of_other_features" in metric.type and " of own.pt" in metric.name for metric in metrics)
+
+
 def test_without_logits_there_is_no_inception_score():
-    assert [row["type"] for row in evaluate_features(draw(30, 4), draw(50, 4))] == ["fid", "kid", "precision", "recall"]
+    types = [metric.type for metric in evaluate_features(draw(30, 4), draw(50, 4))]
+    assert types == ["fid", "kid", "precision", "recall"]
 
 
 @pytest.mark.parametrize("count, name", [(FULL_COUNT - 1, "FID-49999"), (FULL_COUNT, "FID"), (FULL_COUNT + 1, "FID")])
 def test_only_of_50000_images_or_more_is_it_the_fid(monkeypatch, count, name):
     monkeypatch.setattr(metrics, "precision_recall", lambda *_: (1.0, 1.0))  # minutes
-    rows = evaluate_features(draw(count, 2), draw(60_000, 2))
-    assert rows[0]["name"] == name
-    assert rows[1]["name"] == name.replace("FID", "KID")
+    fid, kid, *_ = evaluate_features(draw(count, 2), draw(60_000, 2))
+    assert (fid.name, kid.name) == (name, name.replace("FID", "KID"))
 
 
 @pytest.mark.parametrize(
@@ -300,8 +307,8 @@ def test_a_network_trained_on_the_bundled_images_knows_good_images_from_bad(feat
     results = {}
     for level in (0, 20, 60):
         noisy = (test.images + level * noise).clamp(0, 255).byte()
-        rows = evaluate_features(of(noisy)[0], reference, of(noisy)[1])
-        results[level] = {row["type"]: row["value"] for row in rows}
+        found = evaluate_features(of(noisy)[0], reference, of(noisy)[1])
+        results[level] = {metric.type: metric.value for metric in found}
     for better, worse in ((0, 20), (20, 60)):
         for metric in ("fid", "kid"):
             assert results[better][metric] < results[worse][metric], results
@@ -315,5 +322,5 @@ def test_a_network_trained_on_the_bundled_images_knows_good_images_from_bad(feat
 
 def test_a_metric_that_is_not_a_number_stands_beside_the_others():
     features = draw(40, 4) * 1e60  # the kernel takes the sixth power
-    rows = evaluate_features(features, features + 1, torch.full((40, 2), math.nan))
-    assert [row["type"] for row in rows if not math.isfinite(row["value"])] == ["kid", "inception_score"]
+    found = evaluate_features(features, features + 1, torch.full((40, 2), math.nan))
+    assert [metric.type for metric in found if not math.isfinite(metric.value)] == ["kid", "inception_score"]

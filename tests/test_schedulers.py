@@ -11,13 +11,14 @@ import math
 import diffusers
 import pytest
 import torch
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 from torch.testing import assert_close
 
 import ddpm_pipe.schedulers
 from ddpm_pipe.noise import BETA_SCHEDULES, add_noise
 from ddpm_pipe.prediction import PREDICTIONS, eps_from_x0, velocity
-from ddpm_pipe.schedulers import TIMESTEP_SPACINGS, VARIANCE_TYPES, DDIMScheduler, DDPMScheduler
+from ddpm_pipe.schedulers import TIMESTEP_SPACINGS, VARIANCE_TYPES, DDIMScheduler, DDPMScheduler, DiffusionScheduler
 
 STOCK_BETAS = ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"]
 CLIPS = {
@@ -686,6 +687,15 @@ def test_the_forward_process_never_waits_for_the_device(scheduler_class, method)
 
 
 @both
+def test_what_is_asked_on_one_device_is_still_known_on_another(scheduler_class):
+    scheduler, t = scheduler_class(), torch.tensor([3, 999])
+    before = scheduler.alpha_bar(t), scheduler.previous_timestep(t)
+    scheduler.set_timesteps(1000, device="meta")
+    assert scheduler.alpha_bar(t.to("meta")).is_meta and scheduler.previous_timestep(t.to("meta")).is_meta
+    assert_close((scheduler.alpha_bar(t), scheduler.previous_timestep(t)), before, rtol=0, atol=0)
+
+
+@both
 @pytest.mark.parametrize("reading", ["item", "__bool__", "__int__", "cpu", "tolist", "nonzero"])
 def test_the_meta_device_notices_a_wait(scheduler_class, reading, monkeypatch):
     """What the tests above rest on: each way of reading a timestep on the host fails there."""
@@ -841,3 +851,40 @@ def test_a_large_batch_has_the_moments_of_the_recursion():
     deviation = math.sqrt(expected_variances("DDPM fixed_small", levels, s, 1.0)[-1])
     assert x_t.mean().item() == pytest.approx(m, abs=0.01)
     assert x_t.std().item() == pytest.approx(deviation, rel=0.015)
+
+
+# ---------------------------------------------------------------- a sampler of one's own
+
+
+class HalfwayScheduler(DiffusionScheduler):
+    """Each step goes to the mean of x_t and x0."""
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 20,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "cosine",
+        trained_betas: list[float] | None = None,
+        prediction_type: str = "sample",
+        timestep_spacing: str = "trailing",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+    ):
+        self.build()
+
+    def step(self, model_output: Tensor, timestep: int, sample: Tensor, return_dict: bool = True):
+        return ((sample + model_output) / 2,)
+
+
+def test_a_subclass_of_the_base_with_a_step_is_a_sampler():
+    scheduler = HalfwayScheduler()
+    scheduler.set_timesteps(4)
+    x, x0 = images(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
+    assert scheduler.timesteps.tolist() == [19, 14, 9, 4]
+    for t in scheduler.timesteps.tolist():
+        (x,) = scheduler.step(x0, t, x)
+    assert_close(x, images(2, 3, 4, 4) / 16)
+    assert_close(scheduler.alphas_cumprod, DDPMScheduler(20, beta_schedule="cosine").alphas_cumprod)
+    assert DDIMScheduler.from_config(scheduler.config).config.prediction_type == "sample"

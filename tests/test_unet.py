@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from ddpm_pipe.sharing.convert.lucidrains import from_reference
+from ddpm_pipe.convert.lucidrains import from_reference
 from ddpm_pipe.unet import (
     AttentionBlock,
     ChannelLayerNorm,

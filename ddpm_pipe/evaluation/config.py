@@ -48,12 +48,15 @@ class EvaluateConfig(SampleConfig):
         if self.bits_images == 1:
             raise ValueError("bits_images=1 has no standard error; it must be 0, or at least 2.")
         count = len(self.sample_seeds)
+        if self.neighbours > count:
+            asked = f"num_images={count}" if self.seeds is None else f"the {count} images of seeds={self.seeds!r}"
+            raise ValueError(f"neighbours={self.neighbours} must be at most {asked}.")
+        if self.seeds is not None and count < MIN_COUNT:
+            raise ValueError(f"seeds={self.seeds!r} ({count} images) must be at least {MIN_COUNT}.")
         if 0 < count < MIN_COUNT:
             raise ValueError(f"num_images={count} must be 0, or at least {MIN_COUNT}.")
         if not (count or self.bits_images):
             raise ValueError("num_images and bits_images are both 0, so there is nothing to measure.")
-        if self.neighbours > count:
-            raise ValueError(f"neighbours={self.neighbours} must be at most num_images={count}.")
         for point in self.points() if self.sweep else ():
             self.replace(sweep=[], **point)
         return self

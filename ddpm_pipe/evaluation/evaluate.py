@@ -5,43 +5,34 @@ versions of what computed it.
 """
 
 import json
-import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
 
-from ddpm_pipe.data.images import to_unit_range
 from ddpm_pipe.data.memory import ImageData, load_images
+from ddpm_pipe.evaluation.bits import check_bound, measure_bits
 from ddpm_pipe.evaluation.config import EvaluateConfig
 from ddpm_pipe.evaluation.features import FeatureNetwork, extract, load_features, reference_features
 from ddpm_pipe.evaluation.metrics import check_features, evaluate_features, import_torchmetrics
 from ddpm_pipe.evaluation.neighbours import nearest, neighbour_grid, without_copies
+from ddpm_pipe.evaluation.results import Metric, Point, Results
 from ddpm_pipe.launch import processes
-from ddpm_pipe.likelihood import Bound, variational_bound
 from ddpm_pipe.pipeline import PixelDiffusionPipeline
-from ddpm_pipe.prediction import PREDICTIONS
-from ddpm_pipe.randomness import generator
 from ddpm_pipe.run.files import replace_text
 from ddpm_pipe.run.folder import EVALUATION
 from ddpm_pipe.sampling.config import SampleConfig
 from ddpm_pipe.sampling.protocol import pipeline_for, protocol, sample_images, try_out
-from ddpm_pipe.schedulers import DDPMScheduler
 from ddpm_pipe.sharing.privacy import shared_name
 from ddpm_pipe.weights import weights_sha256
 
-Row = dict[str, Any]
-"""One metric: type, name, value, protocol (as the model card shows it), and what else belongs to it."""
 
-
-@dataclass
+@dataclass(frozen=True)
 class Subject:
     """A model with its sampler, which can be measured: that was tried.
 
@@ -114,38 +105,26 @@ def evaluate(config: EvaluateConfig) -> Path:
         pipeline = own.load(state.device)
         training = real_images(config, config.train_split, pipeline)
         held_out = held_out_images(config, pipeline, training)
-    folder = folders[Path(config.model)]
-    folder.mkdir(parents=True, exist_ok=True)
-    shared: dict[str, Any] = {"data": {"name": shared_name(config.data), config.train_split: len(training)}}
-    if held_out is not training:
-        shared["data"][config.test_split] = len(held_out)
-    measured: list[dict[str, Any]] = []
+    folders[own.model].mkdir(parents=True, exist_ok=True)
+    facts: dict[str, Any] = {"data": describe_data(config, training, held_out)}
+    measured: list[Point] = []
     if config.sample_seeds:
         import_torchmetrics("fid")  # where it is missing, that is said before hours of work
         network = load_features(config.features, state.device)
-        shared["features"] = {"name": network.name, "hash": network.hash}
+        facts["features"] = {"name": network.name, "hash": network.hash}
         measured = measure_points(points, pipeline, training, network, state)
-    rest: list[Row] = []
-    if config.bits_images:
-        rest.append(measure_bits(config, pipeline, held_out, state))
+    others = [measure_bits(config, pipeline, held_out, state)] if config.bits_images else []
     if state.is_main_process:
-        pictures = {}
+        picture = None
         if config.neighbours:
-            row, pictures["neighbours.png"] = measure_neighbours(config, pipeline, training, held_out)
-            rest.append(row)
-        measured, rest = only_finite(measured, rest)
+            ratio, picture = measure_neighbours(config, pipeline, training, held_out)
+            others.append(ratio)
+        results = Results(own.model, own.sampling, facts, measured, others).finite()
         for subject in (own, *points):
             subject.check_weights()
-        for name, picture in pictures.items():
-            picture.save(folder / name)
-        with_fid = [point for point in measured if distance(point) < math.inf]
-        if config.sweep and with_fid:
-            draw_sweep(with_fid, folder / "sweep.png")
-        for model, place in folders.items():
-            write_results(own, points, model, place, shared, measured, rest)
-        print(table([row for point in measured for row in point["metrics"]] + rest))
+        write(results, folders, picture)
     state.wait_for_everyone()
-    return folder / EVALUATION
+    return folders[own.model] / EVALUATION
 
 
 def output_folders(config: EvaluateConfig) -> dict[Path, Path]:
@@ -163,46 +142,16 @@ def output_folders(config: EvaluateConfig) -> dict[Path, Path]:
     return {Path(model): Path(model) for model in models}
 
 
-def write_results(
-    own: Subject,
-    points: list[Subject],
-    model: Path,
-    folder: Path,
-    shared: dict[str, Any],
-    measured: list[dict[str, Any]],
-    rest: list[Row],
-) -> None:
-    """Write the evaluation.json of one model: all points, but as `metrics` only its own, those of its best point.
-
-    `rest` is of `own`, the model of the config, and goes nowhere else.
-    """
-    of_model = [point for subject, point in zip(points, measured, strict=True) if subject.model == model]
-    is_own = model == own.model
-    result = shared | {
-        "sampling": own.sampling if is_own else of_model[0]["sampling"],
-        "points": measured,
-        "metrics": (min(of_model, key=distance)["metrics"] if of_model else []) + rest * is_own,
-    }
-    replace_text(folder / EVALUATION, json.dumps(result, indent=2, allow_nan=False) + "\n")
-
-
-def only_finite(measured: list[dict[str, Any]], rest: list[Row]) -> tuple[list[dict[str, Any]], list[Row]]:
-    """Points and other metrics without those that are not finite, which would say nothing; a sentence names each.
-
-    Raises:
-        ValueError: where none is left.
-    """
-
-    def finite(rows: list[Row]) -> list[Row]:
-        for row in rows:
-            if not math.isfinite(row["value"]):
-                print(f"{row['name']} ({row['protocol']}) is {row['value']}, not a finite number; it is left out.")
-        return [row for row in rows if math.isfinite(row["value"])]
-
-    measured, rest = [point | {"metrics": finite(point["metrics"])} for point in measured], finite(rest)
-    if not rest and not any(point["metrics"] for point in measured):
-        raise ValueError("none of the metrics is finite; nothing is written. Are the weights of the model finite?")
-    return measured, rest
+def write(results: Results, folders: dict[Path, Path], neighbours: Image.Image | None) -> None:
+    """Write the evaluation.json of each model of `folders`, and the pictures beside that of the config; print all."""
+    folder = folders[results.model]
+    if neighbours is not None:
+        neighbours.save(folder / "neighbours.png")
+    if any(point.settings for point in results.points):
+        results.draw_sweep(folder / "sweep.png")
+    for model, place in folders.items():
+        replace_text(place / EVALUATION, json.dumps(results.of(model), indent=2, allow_nan=False) + "\n")
+    print(results.table())
 
 
 # ---------------------------------------------------------------- real images
@@ -241,6 +190,14 @@ def held_out_images(config: EvaluateConfig, pipeline: PixelDiffusionPipeline, tr
     return held_out
 
 
+def describe_data(config: EvaluateConfig, training: ImageData, held_out: ImageData) -> dict[str, Any]:
+    """Name of the data and number of images of each split, for evaluation.json."""
+    splits = {config.train_split: len(training)}
+    if held_out is not training:
+        splits[config.test_split] = len(held_out)
+    return {"name": shared_name(config.data)} | splits
+
+
 def first_images(data: ImageData) -> Tensor:
     """Up to 1,000 images, uint8 (N, C, H, W): as many as stand for a split."""
     return data.take(torch.arange(min(len(data), 1000)))[0]
@@ -255,30 +212,27 @@ def measure_points(
     training: ImageData,
     network: FeatureNetwork,
     state: PartialState,
-) -> list[dict[str, Any]]:
+) -> list[Point]:
     """Measure the samples of each point; `pipeline` is that of the config, which has no settings of its own."""
     reference = reference_features(network, lambda rows: training.take(torch.tensor(rows))[0], len(training))
     check_features("reference", reference)
     measured = []
     for point in points:
         sampled = point.load(state.device) if point.settings else pipeline
-        metrics = measure_samples(point, sampled, network, reference, state)
+        measured.append(measure_samples(point, sampled, network, reference, state))
         point.check_weights()  # before more hours go into the next
-        settings = point.settings | ({"model": shared_name(point.config.model)} if "model" in point.settings else {})
-        measured.append({"settings": settings} | metrics)
     return measured
 
 
 def measure_samples(
-    point: Subject,
+    subject: Subject,
     pipeline: PixelDiffusionPipeline,
     network: FeatureNetwork,
     reference: Tensor,
     state: PartialState,
-) -> dict[str, Any]:
+) -> Point:
     """Draw the images of one setting and compare them with the reference; of each batch only the features are kept."""
-
-    config, seeds = point.config, point.config.sample_seeds
+    config, seeds = subject.config, subject.config.sample_seeds
 
     def images(rows: range) -> Tensor:
         drawn_seeds = [seeds[row] for row in rows]
@@ -288,19 +242,12 @@ def measure_samples(
     start = time.perf_counter()
     features, logits = extract(network, images, len(seeds), config.batch_size)
     seconds = (time.perf_counter() - start) * state.num_processes / len(seeds)
-    metrics = evaluate_features(features, reference, logits, network.name)
-    sampler = describe_sampler(config, pipeline)
-    for row in metrics:
-        if config.features != "inception":  # no number of another network may pass for an FID
-            row["name"] += f" of {Path(config.features).name}"
-            row["type"] += "_of_other_features"
-        row["protocol"] += f"; {sampler}, seeds {config.described_seeds}"
-    return {"sampling": point.sampling, "seconds_per_image": seconds, "metrics": metrics}
-
-
-def distance(point: dict[str, Any]) -> float:
-    """The FID of a measured setting; infinite where it has none."""
-    return next((row["value"] for row in point["metrics"] if row["type"].startswith("fid")), math.inf)
+    details = f"{network.name}; {describe_sampler(config, pipeline)}, seeds {config.described_seeds}"
+    metrics = evaluate_features(features, reference, logits, details, network.file_name)
+    settings = subject.settings
+    if "model" in settings:
+        settings = settings | {"model": shared_name(config.model)}
+    return Point(subject.model, settings, subject.sampling, seconds, metrics)
 
 
 def describe_sampler(config: SampleConfig, pipeline: PixelDiffusionPipeline) -> str:
@@ -318,7 +265,7 @@ def measure_neighbours(
     pipeline: PixelDiffusionPipeline,
     training: ImageData,
     held_out: ImageData,
-) -> tuple[Row, Image.Image]:
+) -> tuple[Metric, Image.Image]:
     """Whether generated images are nearer to training images than real ones are, and a picture of both."""
     seeds = config.sample_seeds[: config.neighbours]
     batches = sample_images(pipeline, seeds, config.batch_size, **config.call_options())
@@ -330,93 +277,5 @@ def measure_neighbours(
         f"median distance of {len(images)} samples to their nearest of {len(training)} training images, over that of "
         f"{len(real)} images of split {config.test_split}; below 1 is nearer than real images are, 0 is copies"
     )
-    row = {"type": "memorisation", "name": "nearest-neighbour distance ratio", "value": ratio, "protocol": protocol}
-    return row, neighbour_grid(images, training, positions)
-
-
-# ---------------------------------------------------------------- bits per dimension
-
-
-def denoiser(pipeline: PixelDiffusionPipeline, labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """The network of the bound: (x_t, t (B,)) -> output. A self-conditioned one is asked twice, the second time with
-    its own first answer, so that what it does depends on x_t alone."""
-
-    network = pipeline._denoiser(labels)
-
-    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        output = network(x_t, t, torch.zeros_like(x_t))
-        if not pipeline.unet.config.get("self_condition"):
-            return output
-        row = PREDICTIONS[pipeline.scheduler.config.prediction_type]
-        x0 = row.x0(output[:, : x_t.shape[1]], x_t, pipeline.scheduler.alpha_bar(t))
-        return network(x_t, t, x0)
-
-    return denoise
-
-
-def check_bound(config: EvaluateConfig, pipeline: PixelDiffusionPipeline, data: ImageData) -> None:
-    """Check that the bound of these images can be computed.
-
-    Raises:
-        ValueError: where the chain of the model has not as many terms, or the network not these labels.
-    """
-    last = pipeline.scheduler.config.num_train_timesteps - 1
-    if not 1 <= config.bits_terms <= last:
-        raise ValueError(f"bits_terms={config.bits_terms} must lie between 1 and the {last} that the model has.")
-    pipeline._labels(None if data.labels is None else data.labels[data.rows], len(data), 1.0)
-
-
-def measure_bits(config: EvaluateConfig, pipeline: PixelDiffusionPipeline, data: ImageData, state: PartialState) -> Row:
-    """The variational bound on the bits per dimension of real images, its standard error over them, and its terms."""
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    pipeline = PixelDiffusionPipeline(pipeline.unet, scheduler)
-    parts = []
-    starts = range(0, config.bits_images, config.batch_size)[state.process_index :: state.num_processes]
-    for start in starts:
-        images, labels = data.take(torch.arange(start, min(start + config.batch_size, config.bits_images)))
-        labels = pipeline._labels(labels, len(images), 1.0)
-        draw = generator(0, "bound", start)
-        x0 = to_unit_range(images.to(state.device))
-        bound = variational_bound(denoiser(pipeline, labels), scheduler, x0, config.bits_terms, draw)
-        parts.append(Bound(*(term.cpu() for term in bound)))
-    bound = Bound(*(torch.cat(terms).double() for terms in zip(*gather_object(parts), strict=True)))
-    means = {name: term.mean().item() for name, term in bound._asdict().items()}
-    error = (bound.total.std() / len(bound.total) ** 0.5).item()
-    given = "given their labels" if data.labels is not None else "without labels"
-    of_terms = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
-    protocol = (
-        f"variational bound, standard error {error:.2g} over {config.bits_images} images of split {config.test_split} "
-        f"{given}; {of_terms}; {scheduler.config.variance_type}, {config.bits_terms} of {len(scheduler) - 1} terms"
-    )
-    row = {"type": "bits_per_dim", "name": "bits/dim", "value": bound.total.mean().item(), "protocol": protocol}
-    return row | {"standard_error": error, "terms": means}
-
-
-# ---------------------------------------------------------------- what is shown
-
-
-def table(metrics: list[Row]) -> str:
-    """The metrics as a Markdown table."""
-    lines = ["| metric | value | protocol |", "| --- | --- | --- |"]
-    return "\n".join(lines + [f"| {row['name']} | {row['value']:.4g} | {row['protocol']} |" for row in metrics])
-
-
-def draw_sweep(points: list[dict[str, Any]], file: Path) -> None:
-    """Draw FID over the number of steps and over the seconds of an image; one line for each of the other settings."""
-    from matplotlib.figure import Figure  # heavy, and needed once at the end
-
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    by_steps, by_time = figure.subplots(1, 2)
-    lines: dict[str, list[tuple[float, float, float]]] = {}
-    for point in points:
-        rest = ", ".join(f"{name}={value}" for name, value in point["settings"].items() if name != "steps")
-        lines.setdefault(rest, []).append((point["sampling"]["steps"], point["seconds_per_image"], distance(point)))
-    for rest, values in lines.items():
-        steps, seconds, distances = zip(*sorted(values), strict=True)
-        by_steps.plot(steps, distances, marker="o", label=rest)
-        by_time.plot(seconds, distances, marker="o", label=rest)
-    for axis, label in ((by_steps, "steps"), (by_time, "seconds per image and process")):
-        axis.set(xscale="log", yscale="log", xlabel=label, ylabel=points[0]["metrics"][0]["name"])
-        if any(lines):
-            axis.legend(fontsize="x-small")
-    figure.savefig(file, dpi=100)
+    metric = Metric("memorisation", "nearest-neighbour distance ratio", ratio, protocol)
+    return metric, neighbour_grid(images, training, positions)

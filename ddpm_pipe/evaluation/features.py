@@ -43,12 +43,14 @@ class FeatureNetwork:
         name: what protocols call it.
         hash: changes whenever its features may.
         device: where its weights are.
+        file_name: of the file that it was read from; None for Inception.
     """
 
     module: Callable[[Tensor], Any]
     name: str
     hash: str
     device: str | torch.device = "cpu"
+    file_name: str | None = None
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -95,7 +97,8 @@ def load_features(features: str, device: str | torch.device = "cpu") -> FeatureN
     if not path.is_file():
         raise ValueError(f"features={features!r} is no file; {INSTEAD} (TorchScript or an exported program).")
     digest = sha256(path)
-    return FeatureNetwork(_read_module(path).to(device), f"{path.name} (sha256 {digest[:12]})", digest, device)
+    name = f"{path.name} (sha256 {digest[:12]})"
+    return FeatureNetwork(_read_module(path).to(device), name, digest, device, path.name)
 
 
 @contextmanager

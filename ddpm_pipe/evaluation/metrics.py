@@ -7,13 +7,13 @@ import math
 import warnings
 from importlib import import_module
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ddpm_pipe.evaluation.config import MIN_COUNT
 from ddpm_pipe.evaluation.features import torch_fidelity_importable
+from ddpm_pipe.evaluation.results import Metric
 
 FULL_COUNT = 50_000
 """Generated images from which on a metric needs no count in its name: it depends on how many there are."""
@@ -141,18 +141,24 @@ def _distances(rows: Tensor, features: Tensor, block: int) -> Tensor:
 
 
 def evaluate_features(
-    generated: Tensor, reference: Tensor, logits: Tensor | None = None, network: str = "unnamed features"
-) -> list[dict[str, Any]]:
-    """All metrics, as the `metrics` of an evaluation.json; fewer than 50,000 generated images are named: FID-5000.
+    generated: Tensor,
+    reference: Tensor,
+    logits: Tensor | None = None,
+    details: str = "unnamed features",
+    network: str | None = None,
+) -> list[Metric]:
+    """All metrics; of fewer than 50,000 generated images, their number is in the name: FID-5000.
 
     Args:
         generated: features of the generated images, (n, D), n at least 20.
         reference: features of the reference images, (m, D), m at least 20.
         logits: of the generated images, (n, K); without them there is no Inception score.
-        network: what computed the features, for the protocols.
+        details: for the protocols: what computed the features, and how the images were drawn.
+        network: the name of the network where it is not Inception: no number of another may pass for an FID.
 
     Returns:
-        type, name, value and protocol of each; the value of one that these numbers do not have is nan or infinite.
+        FID, KID, Inception score, precision and recall; the value of one that these numbers do not have is nan or
+        infinite.
 
     Raises:
         ValueError: where there are too few images, features of different sizes, or features that are not finite.
@@ -160,29 +166,24 @@ def evaluate_features(
     check_features("generated", generated)
     check_features("reference", reference)
     _check_alike(generated, reference, logits)
+    images = f"{len(generated)} generated and {len(reference)} reference images"
+    count = "" if len(generated) >= FULL_COUNT else f"-{len(generated)}"
+    of_type, of_name = ("", "") if network is None else ("_of_other_features", f" of {network}")
+
+    def metric(type: str, name: str, value: float, detail: str = "") -> Metric:
+        protocol = ", ".join(filter(None, [images, detail, details]))
+        return Metric(type + of_type, name + count + of_name, value, protocol)
+
     kid, kid_error = kernel_distance(generated, reference)
-    precision, recall = precision_recall(generated, reference)
-    nearest = "3 nearest neighbours"
-    results = [
-        ("fid", "FID", frechet_distance(generated, reference), ""),
-        ("kid", "KID", kid, f"standard error {kid_error:.2g}"),
-        ("precision", "precision", precision, nearest),
-        ("recall", "recall", recall, nearest),
+    metrics = [
+        metric("fid", "FID", frechet_distance(generated, reference)),
+        metric("kid", "KID", kid, f"standard error {kid_error:.2g}"),
     ]
     if logits is not None:
         score, score_std = inception_score(logits)
-        results.insert(2, ("inception_score", "IS", score, f"standard deviation {score_std:.2g} of {SPLITS} parts"))
-    count = "" if len(generated) >= FULL_COUNT else f"-{len(generated)}"
-    images = f"{len(generated)} generated and {len(reference)} reference images"
-    return [
-        {
-            "type": kind,
-            "name": name + count,
-            "value": value,
-            "protocol": ", ".join(filter(None, [images, detail, network])),
-        }
-        for kind, name, value, detail in results
-    ]
+        metrics.append(metric("inception_score", "IS", score, f"standard deviation {score_std:.2g} of {SPLITS} parts"))
+    manifolds = zip(("precision", "recall"), precision_recall(generated, reference), strict=True)
+    return metrics + [metric(name, name, value, "3 nearest neighbours") for name, value in manifolds]
 
 
 def check_features(name: str, features: Tensor) -> None:

@@ -1,1 +1,1 @@
-"""Model cards, the Hub, and checkpoints of other projects."""
+"""Model cards, and what is pushed to the Hub."""

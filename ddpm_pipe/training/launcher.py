@@ -4,8 +4,15 @@ import os
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, is_tensorboard_available, parse_flag_from_env
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    is_tensorboard_available,
+    parse_flag_from_env,
+)
 
+from ddpm_pipe.launch import PATIENCE
 from ddpm_pipe.training.config import TrainConfig
 
 UNSUPPORTED = {
@@ -58,6 +65,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         cpu=not torch.accelerator.is_available(),  # said outright, so that several processes on CPUs find each other
         mixed_precision=precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=PATIENCE),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # one copy of the gradients less
+        ],
         log_with=None if tracker == "none" else tracker,
         project_dir=config.output_dir,
     )

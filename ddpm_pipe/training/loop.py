@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from ddpm_pipe.data.memory import ImageData, load_images
 from ddpm_pipe.data.stream import ImageStream, stream_images
+from ddpm_pipe.launch import from_main
 from ddpm_pipe.pretrained import DDPMPipeline
 from ddpm_pipe.run.folder import Run
 from ddpm_pipe.schedulers import DDPMScheduler
@@ -47,12 +48,7 @@ def train(config: TrainConfig) -> Path:
     config = follow_launcher(config)
     accelerator, run = make_accelerator(config), Run(config.output_dir)
     with ExitStack() as stack:
-        if accelerator.is_main_process:
-            check_folder(config, run)
-            stack.enter_context(run.locked())
-            if config.resume:
-                print_changes(config, run)
-        accelerator.wait_for_everyone()
+        from_main(lambda: claim_folder(config, run, stack))
         run_steps(config, accelerator, run, interruption)
         if accelerator.is_main_process:
             write_report(run)
@@ -61,6 +57,14 @@ def train(config: TrainConfig) -> Path:
     accelerator.free_memory()
     accelerator.end_training()
     return run.pipeline
+
+
+def claim_folder(config: TrainConfig, run: Run, stack: ExitStack) -> None:
+    """Check the run folder, and keep others from training in it as long as the stack is open."""
+    check_folder(config, run)
+    stack.enter_context(run.locked())
+    if config.resume:
+        print_changes(config, run)
 
 
 def run_steps(config: TrainConfig, accelerator: Accelerator, run: Run, interruption: Interruption) -> None:
@@ -125,9 +129,13 @@ def save(
 
 
 def load_training_images(config: TrainConfig, accelerator: Accelerator) -> tuple[ImageData | ImageStream, ImageData]:
-    """The images to train on, and those held out; read by the main process first, which fills the caches."""
+    """The images to train on, and those held out; on each machine one process reads them first and fills the caches.
+
+    Raises:
+        ValueError: where machines with disks of their own found other images than the main process.
+    """
     load = stream_images if config.streaming else load_images
-    with accelerator.main_process_first():
+    with accelerator.local_main_process_first():
         data = load(
             config.data,
             config.split,
@@ -137,4 +145,7 @@ def load_training_images(config: TrainConfig, accelerator: Accelerator) -> tuple
             resolution=config.resolution,
             channels=config.channels,
         )
+    expected = from_main(data.summary)
+    if data.summary() != expected:
+        raise ValueError(f"data={config.data!r} is {data.summary()} here, but {expected} on the main process.")
     return data.hold_out(config.holdout, config.seed)

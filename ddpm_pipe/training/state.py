@@ -10,6 +10,7 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from ddpm_pipe.checks import check_choice
+from ddpm_pipe.launch import from_main
 from ddpm_pipe.pipeline import null_class
 from ddpm_pipe.run.checkpoint import Checkpoints
 from ddpm_pipe.run.files import CheckpointError, replace_folder, save_tensors, shapes, write_manifest
@@ -110,7 +111,8 @@ class TrainState:
         """
         models = [self.accelerator.unwrap_model(self.unet), self.average.module]
         models += [profile.module for profile in self.profiles.values()]
-        if not all(torch.isfinite(p).all() for model in models for p in model.parameters()):
+        finite = [torch.isfinite(p).all() for model in models for p in model.parameters()]
+        if not torch.stack(finite).all():  # all weights in one answer of the device
             raise CheckpointError(
                 f"the weights at step {step} are not finite and were not saved; earlier ones are intact."
             )
@@ -148,12 +150,14 @@ class TrainState:
         replace_folder(run.snapshot(step), write)
 
     def restore(self, run: Run) -> int:
-        """Load the newest checkpoint and return its number of optimizer steps; 0 where there is none.
+        """Load the newest checkpoint of the main process; return its number of optimizer steps, 0 where there is none.
+
+        All processes get what the main process reads: machines with disks of their own may hold other checkpoints.
 
         Raises:
             ValueError: where it was made with another network or other averages.
         """
-        loaded = Checkpoints(run).load()
+        loaded = from_main(Checkpoints(run).load)
         if loaded is None:
             return 0
         step, weights, state = loaded

@@ -10,8 +10,8 @@ from typing import Any
 from diffusers import ModelMixin, UNet2DModel
 from torch import Tensor
 
+from ddpm_pipe.convert.config import OBJECTIVES, SCHEDULES, ConvertConfig
 from ddpm_pipe.schedulers import DDPMScheduler
-from ddpm_pipe.sharing.convert.config import OBJECTIVES, SCHEDULES, ConvertConfig
 from ddpm_pipe.weights import fill
 
 Weights = Mapping[str, Tensor]

@@ -12,9 +12,9 @@ from diffusers import ModelMixin
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
+from ddpm_pipe.convert.config import ConvertConfig
+from ddpm_pipe.convert.names import Weights, scheduler_from_flags, stock_names, stock_network
 from ddpm_pipe.pretrained import DDPMPipeline
-from ddpm_pipe.sharing.convert.config import ConvertConfig
-from ddpm_pipe.sharing.convert.names import Weights, scheduler_from_flags, stock_names, stock_network
 
 MARK = r"input_blocks\.0\.0\.weight"
 """Pattern of a name that only the state dict of these projects has."""

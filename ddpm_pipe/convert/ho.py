@@ -8,9 +8,9 @@ from typing import Any
 
 from diffusers import ModelMixin
 
+from ddpm_pipe.convert.config import ConvertConfig
+from ddpm_pipe.convert.names import Weights, count, scheduler_from_flags, stock_names, stock_network
 from ddpm_pipe.pretrained import DDPMPipeline
-from ddpm_pipe.sharing.convert.config import ConvertConfig
-from ddpm_pipe.sharing.convert.names import Weights, count, scheduler_from_flags, stock_names, stock_network
 
 MARK = r"down\.0\.block\.0\.conv1\.weight"
 """Pattern of a name that only the state dict of such a port has."""

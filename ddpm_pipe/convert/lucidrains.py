@@ -13,11 +13,11 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
+from ddpm_pipe.convert.config import OBJECTIVES, ConvertConfig
+from ddpm_pipe.convert.names import Weights, count, learns_variance, refuse, rename
 from ddpm_pipe.noise import make_betas, snr
 from ddpm_pipe.pretrained import DDPMPipeline
 from ddpm_pipe.schedulers import DDPMScheduler
-from ddpm_pipe.sharing.convert.config import OBJECTIVES, ConvertConfig
-from ddpm_pipe.sharing.convert.names import Weights, count, learns_variance, refuse, rename
 from ddpm_pipe.unet import DDPMUNet2DModel
 from ddpm_pipe.weights import fill
 

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from ddpm_pipe.convert import ho, improved, lucidrains, stock
+from ddpm_pipe.convert.config import ConvertConfig
+from ddpm_pipe.convert.names import Weights
 from ddpm_pipe.pretrained import DDPMPipeline
 from ddpm_pipe.run.files import replace_folder
-from ddpm_pipe.sharing.convert import ho, improved, lucidrains, stock
-from ddpm_pipe.sharing.convert.config import ConvertConfig
-from ddpm_pipe.sharing.convert.names import Weights
 from ddpm_pipe.weights import read_tensors
 
 FILE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
