@@ -44,6 +44,14 @@ def test_last_k_and_every_nth_are_kept(tmp_path):
     assert checkpoints.steps() == [30, 60, 90, 100]
 
 
+def test_what_somebody_kept_beside_them_is_no_checkpoint(tmp_path):
+    checkpoints = Checkpoints(Run(tmp_path))
+    save(checkpoints, 1)
+    checkpoints.run.checkpoint(1).with_name("step-00000009-copy").mkdir()
+    assert checkpoints.steps() == [1]
+    assert_loads(checkpoints, 1)
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip", "missing", "no manifest", "empty folder"])
 def test_an_unreadable_newest_is_reported_and_the_one_before_taken(tmp_path, damage, caplog):
     checkpoints = Checkpoints(Run(tmp_path))

@@ -179,8 +179,8 @@ def random_walk():
     for step in range(400):
         with torch.no_grad():
             model.weight.add_(torch.randn(16, 16, generator=generator) / 20)  # in all, as far as the start from 0
-        for average in averages.values():
-            average.update(step)
+        for tracked in averages.values():
+            tracked.update(step)
         if (step + 1) % 20 == 0:
             stored |= {(step + 1, width): averages[width].module.weight.double().clone() for width in TRACKED}
     return stored, {width: average.module.weight.double() for width, average in averages.items()}
@@ -283,9 +283,9 @@ def test_a_run_averages_its_weights_with_those_of_the_profile(tmp_path):
     run = make_run(tmp_path / "run", steps=3, save_every=1, keep_last=3, ema_sigma_rel=[0.2])
     raw = [load_file(folder / "unet.safetensors") for folder in sorted((run / "checkpoints").iterdir())]
     weights = np.diff((np.arange(4) / 3) ** (power_exponent(0.2) + 1))
-    for name, average in last(run, "ema-0.2").items():
+    for name, tensor in last(run, "ema-0.2").items():
         expected = sum(weight * step[name] for weight, step in zip(weights, raw, strict=True))
-        torch.testing.assert_close(average, expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("every", "expected"), [(2, [2, 4, 6]), (4, [4, 6]), (None, [3, 6])])

@@ -7,20 +7,21 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
+from contextlib import nullcontext
 
 import psutil
 import pytest
-import torch
 from lives import Life
 from runs import NETWORK, REPO, assert_same, final_state, loss_curve, make_recipe, write_config
 
+from ddpm_pipe import DDPMPipeline
 from ddpm_pipe.run.checkpoint import Checkpoints
 from ddpm_pipe.run.folder import Run
 from ddpm_pipe.training.config import TrainConfig
 from ddpm_pipe.training.interruption import Interrupted, Interruption
 from ddpm_pipe.training.log import Log
 from ddpm_pipe.training.loop import train
+from ddpm_pipe.training.validation import Validation
 
 BOTH, name_of = [signal.SIGTERM, signal.SIGINT], operator.attrgetter("name")
 
@@ -238,33 +239,37 @@ def test_a_run_outside_the_main_thread_comes_to_its_end(recipe):
     thread = threading.Thread(target=lambda: done.append(train(config)))
     thread.start()
     thread.join()
-    assert done == [Path(config.output_dir) / "pipeline"]
+    assert done == [Run(config.output_dir).pipeline]
 
 
 @pytest.mark.parametrize(("at", "stops"), [(3, True), (6, False)])
 def test_a_run_asked_to_stop_in_its_last_step_is_a_finished_run(recipe, monkeypatch, at, stops):
-    def ask(log, step, seen, **values):
+    write = Log.write
+
+    def ask(log, step, *rest, **values):
+        write(log, step, *rest, **values)
         if step == at:
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Log, "write", ask)
-    monkeypatch.setattr("ddpm_pipe.training.loop.write_report", lambda run: None)
     config = recipe(steps=6, sample_every=0)
-    if stops:
-        with pytest.raises(Interrupted):
-            train(config)
-    else:
+    with pytest.raises(Interrupted) if stops else nullcontext():
         train(config)
-    assert Checkpoints(Run(config.output_dir)).steps() == [at]
+    run = Run(config.output_dir)
+    assert run.steps(run.checkpoints) == [at]
+    weights = DDPMPipeline.from_pretrained(run.pipeline).unet.state_dict()
+    assert_same(weights, Checkpoints(run).load()[1]["ema"])
 
 
-def test_the_pipeline_of_a_stopped_run_is_that_of_its_last_step(recipe, monkeypatch):
-    from ddpm_pipe import DDPMPipeline
+def test_a_signal_while_grids_are_drawn_stops_a_resumed_run_after_a_step(recipe, monkeypatch):
+    train(recipe(steps=2, sample_every=0))
 
-    monkeypatch.setattr(Log, "write", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
-    config = recipe(sample_every=0)
+    def show(validation, state, step):
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Validation, "show", show)
+    config = recipe(steps=6, sample_every=0, resume=True)
     with pytest.raises(Interrupted):
         train(config)
-    weights = DDPMPipeline.from_pretrained(Path(config.output_dir) / "pipeline").unet.state_dict()
-    _, saved, _ = Checkpoints(Run(config.output_dir)).load()
-    assert all(torch.equal(weights[name], saved["ema"][name]) for name in saved["ema"])
+    assert Checkpoints(Run(config.output_dir)).steps() == [2, 3]

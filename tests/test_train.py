@@ -187,8 +187,9 @@ def test_overwriting_deletes_nothing_in_a_folder_that_holds_no_run(recipe, names
     for name in names.split():
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text(text)
-    with one_sentence(f"holds {names.split('/')[0].split()[0]}", "not the config.yaml and plan.json of a run"):
-        train(config)
+    for delete in (lambda: train(config), Run(run).clear):
+        with one_sentence(f"holds {names.split('/')[0].split()[0]}", "not the config.yaml and plan.json of a run"):
+            delete()
     assert contents(run) == dict.fromkeys(names.split(), text.encode())
 
 
