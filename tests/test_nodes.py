@@ -83,17 +83,31 @@ def test_machines_with_other_images_do_not_train_together(folders, recipe, few_i
     assert "60 images per epoch, 8x8, 1 channel, from column 'image' here, but " in done[1][1], done[1][1]
 
 
-def test_a_process_that_is_killed_ends_the_others_within_a_minute(tmp_path, recipe):
-    config = recipe(**SAVING | {"save_every": 1}, steps=10**6)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+def start_two(config: TrainConfig, *elastic: str, flags: tuple[str, ...] = ()) -> subprocess.Popen:
+    """Two processes of one machine, alive until at least the third checkpoint."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *elastic]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-    launcher = subprocess.Popen([*command, "-m", "ddpm_pipe", "train", write_config(config)], env=environment)
+    launcher = subprocess.Popen([*command, "-m", "ddpm_pipe", "train", write_config(config), *flags], env=environment)
     run, deadline = Run(config.output_dir), time.monotonic() + 240
-    while not run.steps(run.checkpoints):
+    while max(run.steps(run.checkpoints), default=0) < 3:
         assert launcher.poll() is None and time.monotonic() < deadline
-        time.sleep(0.2)
+        time.sleep(0.1)
+    return launcher
+
+
+def test_a_process_that_is_killed_ends_the_others_within_a_minute(recipe):
+    launcher = start_two(recipe(**SAVING | {"save_every": 1}, steps=10**6))
     workers = psutil.Process(launcher.pid).children()
     workers[-1].send_signal(signal.SIGKILL)
     assert launcher.wait(timeout=60) != 0
     _, alive = psutil.wait_procs(workers, timeout=5)
     assert not alive
+
+
+def test_a_group_that_torchrun_restarts_resumes_by_itself(recipe):
+    undisturbed, killed = (recipe(name, **SAVING | {"save_every": 1}, steps=40) for name in ("undisturbed", "killed"))
+    launcher = start_two(killed, "--max-restarts", "1", flags=("--resume",))
+    psutil.Process(launcher.pid).children()[-1].send_signal(signal.SIGKILL)
+    train(undisturbed)
+    assert launcher.wait(timeout=240) == 0
+    assert_same(final_state(undisturbed), final_state(killed), rtol=1e-2, atol=2e-4)
