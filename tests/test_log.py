@@ -281,15 +281,18 @@ def test_the_held_out_loss_is_the_mean_of_its_ranges(small):
     assert min(ranges) < losses["held_out_loss"] < max(ranges)
 
 
-def test_tensorboard_has_both_grids(recipe):
+def test_tensorboard_shows_loss_rate_speed_and_grids(recipe):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = recipe(tracker="tensorboard", sample_every=3)
-    train(config)
-    events = EventAccumulator(str(Path(config.output_dir) / "logs")).Reload()
+    config = recipe(tracker="tensorboard", sample_every=3, log_every=2, lr_warmup_steps=4)
+    run = Run(train(config).parent)
+    events = EventAccumulator(str(run.folder / "logs")).Reload()
+    assert {"loss", "learning_rate", "images_per_second"} <= set(events.Tags()["scalars"])
+    rates = [(event.step, event.value) for event in events.Scalars("learning_rate")]
+    assert rates == [(2, pytest.approx(1e-3)), (4, pytest.approx(2e-3)), (6, pytest.approx(2e-3))]
     assert set(events.Tags()["images"]) == {"average", "raw"}
     assert [event.step for event in events.Images("raw")] == [3, 6]
-    with Image.open(Path(config.output_dir) / "samples" / "step-00000006.png") as grid:
+    with Image.open(run.grids(6)["average"]) as grid:
         shown = events.Images("average")[-1]
         assert (shown.width, shown.height) == grid.size

@@ -132,18 +132,6 @@ def test_a_run_may_go_on_with_another_number_of_processes(lives, few_images, rec
     assert_same(final_state(whole), final_state(moved), rtol=1e-3, atol=2e-5)
 
 
-def test_tensorboard_shows_loss_rate_and_speed(recipe):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    config = recipe(tracker="tensorboard", log_every=2, lr_warmup_steps=4)
-    train(config)
-    events = EventAccumulator(str(Path(config.output_dir) / "logs")).Reload()
-    assert {"loss", "learning_rate", "images_per_second"} <= set(events.Tags()["scalars"])
-    rates = [(event.step, event.value) for event in events.Scalars("learning_rate")]
-    assert rates == [(2, pytest.approx(1e-3)), (4, pytest.approx(2e-3)), (6, pytest.approx(2e-3))]
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
