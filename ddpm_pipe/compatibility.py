@@ -51,13 +51,11 @@ def _needed(scheduler: SchedulerMixin) -> str:
     return ", ".join(p.name for p in needed)
 
 
-def set_timesteps(
-    scheduler: SchedulerMixin, device: torch.device, count: int | None, timesteps: Sequence[int] | None
-) -> Tensor:
+def set_timesteps(scheduler: SchedulerMixin, count: int | None, timesteps: Sequence[int] | None) -> Tensor:
     """Set the timesteps, `count` of them or those given, all T of the training chain where both are None.
 
     Returns:
-        What the scheduler makes of them; for some it has more than one entry for a timestep.
+        What the scheduler makes of them, on the CPU; for some it has more than one entry for a timestep.
 
     Raises:
         ValueError: where it cannot honour them, in one sentence.
@@ -75,7 +73,7 @@ def set_timesteps(
     else:
         choice = {"timesteps": falling_timesteps(timesteps, steps)}
     try:
-        scheduler.set_timesteps(**choice, device=device)
+        scheduler.set_timesteps(**choice, device="cpu")
     except (ValueError, TypeError, IndexError) as error:  # of a scheduler of diffusers, which has limits of its own
         ((argument, value),) = choice.items()
         reason = " ".join(str(error).split()).rstrip(".")

@@ -132,8 +132,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         scheduler = self.scheduler
         pred_original_sample = torch.zeros_like(sample)
         estimate_is_read = callback is not None or bool(self.unet.config.get("self_condition"))
-        numbers = timesteps.tolist()  # the device is waited for once, here, and not by a scheduler in each step
-        for i, t in enumerate(self.progress_bar(timesteps)):
+        numbers = timesteps.tolist()  # known here, so that no step waits for the device
+        for i, t in enumerate(self.progress_bar(timesteps.to(sample.device))):
             model_input = scheduler.scale_model_input(sample, numbers[i])
             model_output = denoise(model_input, t, pred_original_sample)
             try:
@@ -199,8 +199,11 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             )
 
     def _choose_timesteps(self, num_inference_steps: int | None, timesteps: Sequence[int] | None = None) -> Tensor:
-        """Set the scheduler's timesteps and return them: as given, or so many, all T of the training chain for None."""
-        return set_timesteps(self.scheduler, self._execution_device, num_inference_steps, timesteps)
+        """Set the scheduler's timesteps and return them: as given, or so many, all T of the training chain for None.
+
+        The scheduler keeps them, and its noise levels, on the CPU: it looks them up there without asking the device.
+        """
+        return set_timesteps(self.scheduler, num_inference_steps, timesteps)
 
     def _initial_noise(
         self,
