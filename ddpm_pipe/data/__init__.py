@@ -1,1 +1,1 @@
-"""Images and their labels: found, decoded, kept in memory or streamed."""
+"""Finding images and their labels, decoding them, and keeping them in memory or streaming them."""

@@ -1,7 +1,8 @@
-"""Images of PIL -> uint8 arrays -> [-1, 1]: what a file becomes, and what is done with one that cannot be decoded.
+"""Decoding of image files: PIL images become uint8 arrays, then floats in [-1, 1]; undecodable files are reported.
 
-EXIF orientation is applied; palette and CMYK images become RGB; transparency is laid over white unless four channels
-are asked for; 16-bit greys and floats in [0, 1] become 8 bits; other sizes are resized and cropped to the centre.
+EXIF orientation is applied; palette and CMYK images become RGB; transparent images are laid over white unless four
+channels are requested; 16-bit greys and floats in [0, 1] become 8 bits; images of another size are resized and cropped
+to the centre.
 """
 
 import io
@@ -24,29 +25,33 @@ from ddpm_pipe.data.sources import DataError, reason
 
 T = TypeVar("T")
 Cell = dict[str, Any] | None
-"""A cell of the image column: the bytes of a file, its path, or both."""
+"""A cell of the image column: a dict with the "bytes" of an image file, its "path", or both."""
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-"""Number of channels -> mode of PIL."""
+"""Maps a number of channels to the PIL mode."""
 
 DECODING = 2
-"""Version of the rules by which files become pixels: raise it with each change of them, so that no pixels decoded by
-older rules are found in the cache."""
+"""Version of the decoding rules. Increase it whenever they change, so that pixels decoded by older rules are not read
+from the cache."""
 
 THREADS = min(32, (os.cpu_count() or 1) + 4)
-"""Images decoded at a time; more than processors, for some threads wait for a disk."""
+"""Number of images decoded at once: more than there are processors, because some threads wait for a disk."""
 
 _GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
 SMALL_FILE = 8192
-"""Bytes of an image file below which one thread decodes more of them than two: 2.5 times as many where they have 2 KiB,
-half as many where they have 36 KiB."""
+"""Size in bytes below which image files are decoded by one thread. Compared with two threads, one thread decodes 2.5
+times as many files per second at 2 KiB, and half as many at 36 KiB."""
 
 
 # ---------------------------------------------------------------- decoding
 
 
 def open_image(cell: Cell) -> Image.Image:
-    """A PIL image, upright, from the bytes or the path in a cell of the image column, not decoded yet."""
+    """Open the image in a cell as an upright PIL image whose pixels are not decoded yet.
+
+    Raises:
+        ValueError: where the cell holds no image, or Pillow does not recognise the format.
+    """
     if cell is None or (cell["bytes"] is None and cell["path"] is None):
         raise ValueError("there is no image")
     source = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
@@ -62,7 +67,7 @@ def open_image(cell: Cell) -> Image.Image:
 
 
 def _open_here(path: str) -> IO[bytes] | None:
-    """A file of this machine, or one in a zip file of it, `zip://name::archive`; None for others, as fsspec opens."""
+    """Open a local file, or one in a local zip file (`zip://name::archive`); return None where fsspec must open it."""
     if "://" not in path:
         return open(path, "rb")
     name, _, archive = path.removeprefix("zip://").partition("::")
@@ -73,15 +78,18 @@ def _open_here(path: str) -> IO[bytes] | None:
 
 @lru_cache(maxsize=8)
 def _open_archive(path: str, changed: int) -> zipfile.ZipFile:
-    """A zip file, its directory read once and not for each of its files; `changed` is when it last was."""
+    """Open a zip file once, so that its directory is not read again for each of its files.
+
+    `changed`, the time of the last change, is part of the cache key: an archive that changed is opened anew.
+    """
     return zipfile.ZipFile(path)
 
 
 def to_array(image: Image.Image, channels: int, size: tuple[int, int]) -> np.ndarray:
-    """A PIL image of any mode and size -> uint8 (channels, height, width), by the rules in the head of this module.
+    """Turn a PIL image of any mode and size into uint8 (channels, height, width), by the rules of the module docstring.
 
     Raises:
-        ValueError: for floats outside [0, 1] and integers outside 16 bits, whose white nothing tells.
+        ValueError: for floats outside [0, 1] and integers outside 16 bits, because nothing says which value is white.
     """
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(_to_8_bits(np.asarray(image)))
@@ -96,7 +104,7 @@ def to_array(image: Image.Image, channels: int, size: tuple[int, int]) -> np.nda
 
 
 def _to_8_bits(pixels: np.ndarray) -> np.ndarray:
-    """Greys of floats in [0, 1] or of 16-bit integers -> uint8."""
+    """Convert grey values, floats in [0, 1] or 16-bit integers, to uint8."""
     white = 1 if pixels.dtype.kind == "f" else 65535
     low, high = pixels.min(), pixels.max()
     if not (low >= 0 and high <= white):  # false for NaN too
@@ -105,13 +113,16 @@ def _to_8_bits(pixels: np.ndarray) -> np.ndarray:
 
 
 class Unreadable(NamedTuple):
-    """What stands for an image that cannot be decoded."""
+    """The placeholder for an image that cannot be decoded, with the reason."""
 
     reason: str
 
 
 def attempt(function: Callable[[Cell], T], cell: Cell) -> T | Unreadable:
-    """`function` of an image cell; whatever a decoder raises, but for a lack of memory, is the fault of its file."""
+    """Return `function(cell)`, or Unreadable where it raises.
+
+    Any exception other than MemoryError is attributed to the image file.
+    """
     try:
         return function(cell)
     except MemoryError:
@@ -121,10 +132,11 @@ def attempt(function: Callable[[Cell], T], cell: Cell) -> T | Unreadable:
 
 
 def map_cells(function: Callable[[Cell], T], cells: list[Cell]) -> list[T | Unreadable]:
-    """`attempt` of every image cell, in order.
+    """Apply `function` to every image cell by `attempt`, and return the results in order.
 
-    Threads read the files, for some wait for a disk, and decode the large ones, which PIL does outside the
-    interpreter's lock. Small ones are decoded by this thread, in less time than it takes to hand them over.
+    Threads read the files, because some reads wait for a disk, and decode the large files, because PIL releases the
+    interpreter's lock while it decodes. The calling thread decodes the small files, which takes less time than handing
+    them to another thread.
     """
     if any(_is_on_disk(cell) for cell in cells):
         cells = list(_in_threads(_load_small, cells))
@@ -135,7 +147,7 @@ def map_cells(function: Callable[[Cell], T], cells: list[Cell]) -> list[T | Unre
 
 
 def _in_threads(function: Callable[[Cell], T], cells: list[Cell]) -> Iterator[T]:
-    """`function` of every cell, in order, begun for all of them before the first result is taken."""
+    """Apply `function` to every cell in threads, which all start before the first result is read; keep the order."""
     share = 1 + len(cells) // (2 * THREADS)
     shares = [cells[i : i + share] for i in range(0, len(cells), share)]
     results = _threads(os.getpid()).map(lambda cells: [function(cell) for cell in cells], shares)
@@ -144,7 +156,7 @@ def _in_threads(function: Callable[[Cell], T], cells: list[Cell]) -> Iterator[T]
 
 @lru_cache(maxsize=1)
 def _threads(process: int) -> ThreadPoolExecutor:
-    """The threads of a process; one that was forked has none of its parent's."""
+    """Return the thread pool of a process. A forked process needs its own, since threads do not survive a fork."""
     return ThreadPoolExecutor(THREADS)
 
 
@@ -153,13 +165,13 @@ def _is_on_disk(cell: Cell) -> bool:
 
 
 def _load_small(cell: Cell) -> Cell:
-    """A cell with the bytes of its file where that is small; one that cannot be read is left as it is."""
+    """Add the bytes of a small local file to its cell; return any other cell, or an unreadable one, unchanged."""
     content = attempt(_read_small, cell)
     return cell | {"bytes": content} if cell is not None and isinstance(content, bytes) else cell
 
 
 def _read_small(cell: Cell) -> bytes | None:
-    """The bytes of a small file of this machine."""
+    """Return the bytes of a local file smaller than SMALL_FILE, None for any other cell."""
     file = _open_here(cell["path"]) if cell is not None and cell["bytes"] is None else None
     if file is None:
         return None
@@ -169,7 +181,7 @@ def _read_small(cell: Cell) -> bytes | None:
 
 
 class Header(NamedTuple):
-    """What an image is before it becomes an array."""
+    """What is known about an image before it becomes an array."""
 
     size: tuple[int, int]
     """height and width"""
@@ -177,7 +189,11 @@ class Header(NamedTuple):
 
 
 def read_header(cell: Cell) -> Header:
-    """The header of the image in a cell, if it can become an array too."""
+    """Return the header of the image in a cell, after checking that the image converts to an array.
+
+    Raises:
+        ValueError: where the image cannot be opened or converted. Pillow may raise other errors for a damaged file.
+    """
     image = open_image(cell)
     to_array(image, 1, (image.height, image.width))
     return header_of(image)
@@ -188,10 +204,10 @@ def header_of(image: Image.Image) -> Header:
 
 
 def first_header(cells: Iterable[Cell]) -> Header:
-    """The header of the first image that can be decoded.
+    """Return the header of the first image that can be decoded.
 
     Raises:
-        ValueError: where there is none, saying what is wrong with the first.
+        ValueError: where no image can be decoded; the message says what is wrong with the first one.
     """
     why, rows = "", 0
     for cell in cells:
@@ -203,10 +219,10 @@ def first_header(cells: Iterable[Cell]) -> Header:
 
 
 def choose_size(headers: Iterable[Header], resolution: list[int] | None) -> tuple[int, int]:
-    """Height and width of the training images: `resolution` (one number or two), else the one size that all have.
+    """Return height and width of the training images: `resolution` (one or two numbers), or the size all images share.
 
     Raises:
-        DataError: for an impossible resolution, or mixed sizes without one.
+        DataError: for an impossible resolution, or for images of several sizes where no resolution is given.
     """
     if resolution is not None:
         if len(resolution) not in (1, 2) or min(resolution) < 1:
@@ -223,10 +239,10 @@ def choose_size(headers: Iterable[Header], resolution: list[int] | None) -> tupl
 
 
 def check_memory(needed: int, what: str) -> None:
-    """Refuse, before any of it is taken, what takes more memory than there is.
+    """Check that `needed` bytes of memory are free before any of them is allocated.
 
     Raises:
-        DataError: naming `what`, the bytes it needs and those that are free.
+        DataError: where they are not; the message names `what`, the memory that it needs and the memory that is free.
     """
     free = psutil.virtual_memory().available
     if needed > free:
@@ -238,10 +254,10 @@ def gib(size: float) -> str:
 
 
 def choose_channels(headers: Iterable[Header], channels: int | None) -> int:
-    """Channels of the training images: as asked, else 1 where all are grey and 3 where all are coloured.
+    """Return the channels of the training images: `channels` if given, or 1 if all are grey and 3 if all are coloured.
 
     Raises:
-        DataError: for a number that is not 1, 3 or 4, or grey and coloured images mixed without one.
+        DataError: where `channels` is not 1, 3 or 4, or is None and some images are grey and others coloured.
     """
     if channels is not None:
         if channels not in MODES:
@@ -259,5 +275,5 @@ def choose_channels(headers: Iterable[Header], channels: int | None) -> int:
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """uint8 pixels 0 to 255 -> float32 in [-1, 1] (DDPM, section 3.3)."""
+    """Scale uint8 pixels, 0 to 255, to float32 in [-1, 1] (DDPM, section 3.3)."""
     return images.float() / 127.5 - 1

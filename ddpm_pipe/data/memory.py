@@ -1,4 +1,7 @@
-"""All images of a dataset decoded to uint8, in memory or in a file; batches of them, as a function of seed and step."""
+"""A dataset decoded as a whole to uint8, in memory or in a memory-mapped file, and the batches drawn from it.
+
+Each batch is a function of the seed and the step.
+"""
 
 import hashlib
 import json
@@ -54,16 +57,16 @@ T = TypeVar("T")
 
 @dataclass
 class ImageData:
-    """All images, decoded once: in memory, or in a memory-mapped file where they are too many.
+    """All images of a dataset, decoded once. They are in memory, or in a memory-mapped file where they are too large.
 
     Attributes:
-        images: uint8 (N, C, H, W); what could not be read is zero.
-        rows: which of the images are in use, (len(self),).
+        images: uint8 (N, C, H, W); an image that could not be read is all zeros.
+        rows: int64 (len(self),), the indices of the images in use.
         labels: int64 (N,) or None.
         class_names: names of the classes, by label.
-        column: the column the images were found in.
+        column: the dataset column that holds the images.
         skipped: one line for each image that could not be read.
-        memory_mapped: whether `images` lie in a file.
+        memory_mapped: whether `images` is backed by a file.
     """
 
     images: Tensor
@@ -83,12 +86,12 @@ class ImageData:
         return tuple(self.images.shape[1:])
 
     def take(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images (n, C, H, W) and labels (n,) or None at positions 0 to len(self) - 1."""
+        """Return the images, uint8 (n, C, H, W), and the labels, (n,) or None, at positions from 0 to len(self) - 1."""
         rows = self.rows[positions]
         return self.images[rows], None if self.labels is None else self.labels[rows]
 
     def hold_out(self, count: int, seed: int) -> tuple["ImageData", "ImageData"]:
-        """Two disjoint parts, of len(self) - count and of count images, drawn by the seed.
+        """Split the images at random, by the seed, into one part of len(self) - count images and one of count images.
 
         Raises:
             DataError: where nothing would be left to train on.
@@ -100,17 +103,17 @@ class ImageData:
         return replace(self, rows=first), replace(self, rows=second)
 
     def batches(self, batch_size: int, seed: int) -> "Batches":
-        """Training batches of these images."""
+        """Return the training batches of these images."""
         return Batches(self, batch_size, seed)
 
     def summary(self) -> str:
-        """The images in a line, for the plan and the model card."""
+        """Describe the images in one line, for the plan and the model card."""
         channels, height, width = self.shape
         size = f"{width}x{height}, {channels} channel{'s' * (channels > 1)}"
         return f"{len(self)} images per epoch, {size}, from column {self.column!r}"
 
     def notes(self) -> list[str]:
-        """What else is printed before training starts: where the images are kept, classes, and unreadable files."""
+        """Return further lines to print before training: where images are kept, the classes, and unreadable images."""
         where = "memory-mapped" if self.memory_mapped else "in memory"
         lines = [f"{self.images.nbytes / 2**20:.1f} MiB {where}"]
         if self.class_names:
@@ -136,15 +139,15 @@ def load_images(
 
     Args:
         data, split: as in `open_dataset`.
-        image_column, label_column: where the images and labels are; None finds them.
-        with_labels: read the labels too.
+        image_column, label_column: columns of the images and labels; None detects them.
+        with_labels: whether to read the labels too.
         resolution: [size] or [height, width] in pixels; None keeps the size that all images have.
-        channels: 1, 3 or 4; None is 1 where all images are grey, else 3.
-        max_memory: bytes above which the images are kept in a memory-mapped file in the datasets cache, where the next
-            run finds them; None is half of the free memory. The processes of a machine always share such a file.
+        channels: 1, 3 or 4; None means 1 where all images are grey, and 3 where all are coloured.
+        max_memory: bytes above which the images are kept in a memory-mapped file of the datasets cache, for later runs
+            to reuse; None means half of the free memory. Several processes on one machine always share such a file.
 
     Raises:
-        DataError: for anything that cannot become one tensor of images, in one sentence.
+        DataError: where the data cannot become one tensor of images; the message says why in one sentence.
     """
     dataset = open_dataset(data, split)
     column = find_image_column(dataset, image_column)
@@ -168,7 +171,7 @@ def load_images(
 
 @dataclass
 class Cells:
-    """The image column of a dataset, its cells not decoded."""
+    """The image column of a dataset, whose cells are not decoded."""
 
     dataset: datasets.Dataset
     column: str
@@ -181,13 +184,13 @@ class Cells:
             yield from batch[self.column]
 
     def map(self, function: Callable[[Cell], T], at_once: int = 128) -> Iterator[T | Unreadable]:
-        """`attempt` of every cell, in order, `at_once` of them at once."""
+        """Apply `function` to every cell by `attempt`, `at_once` cells at a time, and yield the results in order."""
         for batch in self.dataset.iter(batch_size=at_once):
             yield from map_cells(function, batch[self.column])
 
 
 class Target(NamedTuple):
-    """What every image is to become."""
+    """The array that every image is converted to, and what all images must have in common."""
 
     channels: int
     size: tuple[int, int]
@@ -195,25 +198,30 @@ class Target(NamedTuple):
     common_size: tuple[int, int] | None
     """the size that all images must have; None where others are resized"""
     common_grey: bool | None
-    """whether all images must be grey, or coloured; None where they are converted"""
+    """True if all images must be grey, False if all must be coloured, None where they are converted"""
 
     def takes(self, header: Header) -> bool:
-        """Whether an image is one of those that are expected."""
+        """Return whether an image has the common size and colour."""
         return self.common_size in (None, header.size) and self.common_grey in (None, header.grey)
 
 
 class MixedImages(Exception):
-    """An image differs from the first one, and nothing says what to do about it."""
+    """An image differs from the first one in size or colour, and the user chose no resolution or channels."""
 
 
 Skipped = dict[int, str]
-"""Row -> why its image could not be decoded."""
+"""Maps a row to the reason why its image could not be decoded."""
 
 
 def _decode(
     cells: Cells, resolution: list[int] | None, channels: int | None, max_memory: int | None
 ) -> tuple[np.ndarray, Skipped]:
-    """All images, in memory or memory-mapped; size and channels are those of the first where none are asked for."""
+    """Decode all images, in memory or memory-mapped; the first image decides a size or channels that are not given.
+
+    Raises:
+        DataError: for images of several sizes or colours where none is chosen.
+        ValueError: where no image can be read.
+    """
     first = first_header(cells)
     target = Target(
         channels=choose_channels([first], channels),
@@ -240,10 +248,10 @@ def _decode(
 
 
 def _decode_into(images: np.ndarray, cells: Cells, target: Target) -> Skipped:
-    """Decode all cells into `images`, uint8 (N, C, H, W); what cannot be decoded stays zero.
+    """Decode all cells into `images`, uint8 (N, C, H, W); images that cannot be decoded stay zero.
 
     Raises:
-        MixedImages: at the first image that the target does not take.
+        MixedImages: at the first image that the target does not accept.
     """
 
     def decode(cell: Cell) -> tuple[Header, np.ndarray]:
@@ -266,12 +274,12 @@ def _decode_into(images: np.ndarray, cells: Cells, target: Target) -> Skipped:
 
 
 def _memory_mapped(shape: tuple[int, ...], cells: Cells, target: Target) -> tuple[np.ndarray, Skipped]:
-    """The decoded images in a file of the datasets cache, decoded now or by another run.
+    """Map the file of decoded images in the datasets cache, and decode them into it unless an earlier run has.
 
-    One run at a time decodes, into a file of another name, which takes its name when it is whole and on the disk.
+    Only one run at a time decodes. It writes a temporary file and renames it when all of it is on the disk.
 
     Raises:
-        DataError: where the disk has no room for it, or it cannot be written.
+        DataError: where the disk has no room for the file, or it cannot be written.
     """
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "ddpm_pipe"
     path = folder / f"{_content_key(cells, target)}-{'x'.join(map(str, shape))}.npy"
@@ -291,7 +299,7 @@ def _memory_mapped(shape: tuple[int, ...], cells: Cells, target: Target) -> tupl
 
 
 def _content_key(cells: Cells, target: Target) -> str:
-    """A name for the decoded images: another one with other files, another target, Pillow or rules of decoding."""
+    """Hash what decides the pixels into a name: the files, the target, the version of Pillow and the decoding rules."""
     key = hashlib.sha256(repr((DECODING, PIL.__version__, target)).encode())
     for cell in cells:
         key.update(_content(cell))
@@ -299,39 +307,41 @@ def _content_key(cells: Cells, target: Target) -> str:
 
 
 def _content(cell: Cell) -> bytes:
-    """What tells the file in a cell from any other: the hash of its bytes, or its path, size and time of change."""
+    """Return what identifies the file in a cell: the hash of its bytes, or its path, size and modification time."""
     if cell is None or cell["bytes"] is None:
         path = (cell or {}).get("path")
         try:
-            stat = os.stat((path or "").rpartition("::")[2])  # of the archive, for a file in one
-        except (OSError, ValueError):  # ValueError for a path that no file can have
+            stat = os.stat((path or "").rpartition("::")[2])  # a file in an archive is identified by the archive
+        except (OSError, ValueError):  # Python raises ValueError for an impossible path
             return repr(path).encode()
         return repr((path, stat.st_size, stat.st_mtime_ns)).encode()
     return hashlib.sha256(cell["bytes"]).digest()
 
 
 def _decoded_before(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, Skipped] | None:
-    """The decoded images in a file and the notes beside it; None where either is missing or damaged."""
+    """Return the images in a file and the skipped rows listed beside it; None where either is missing or damaged."""
     try:
         if np.load(path, mmap_mode="r").shape != shape:  # "r+" would lengthen a file that is too short
             return None
         notes = json.loads(path.with_suffix(".json").read_text())
         return np.load(path, mmap_mode="r+"), {int(row): why for row, why in notes.items()}
-    except (OSError, ValueError, EOFError):  # there is none, or it is shorter than it says
+    except (OSError, ValueError, EOFError):  # the file is missing, or shorter than its header says
         return None
 
 
 def _reserve(path: Path, shape: tuple[int, ...]) -> np.memmap:
-    """A new file for uint8 images (N, C, H, W), all of its space taken: without, a full disk ends the process.
+    """Create a file for uint8 images (N, C, H, W) and allocate all of its space on the disk.
+
+    Without the allocation, a disk that fills up later would kill the process.
 
     Raises:
-        OSError: where the disk has no room for it.
+        OSError: where the disk has no room for the file.
     """
     needed, free = math.prod(shape), shutil.disk_usage(path.parent).free
     if needed > free:
         raise OSError(f"they take {gib(needed)}, and {gib(free)} are free; choose a smaller resolution or streaming.")
     images = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
-    if hasattr(os, "posix_fallocate"):  # not on macOS
+    if hasattr(os, "posix_fallocate"):  # macOS has no posix_fallocate
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     return images
@@ -341,14 +351,14 @@ def _reserve(path: Path, shape: tuple[int, ...]) -> np.memmap:
 
 
 class Batches:
-    """Shuffled batches: which images make up a step is a function of (seed, step).
+    """Shuffled batches, in which the images of a step are a function of (seed, step).
 
-    The images are taken epoch after epoch without a gap, so that a batch may reach into the next epoch.
+    Epochs follow one another without a gap, so a batch may reach into the next epoch.
 
     Args:
         data: the images.
         batch_size: images per optimizer step, over all processes.
-        seed: of the order.
+        seed: seed of the order.
     """
 
     def __init__(self, data: ImageData, batch_size: int, seed: int):
@@ -356,7 +366,7 @@ class Batches:
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
     def positions(self, step: int) -> Tensor:
-        """Which images of the data make up optimizer step `step`, (batch_size,)."""
+        """Return the positions in the data of the images of optimizer step `step`, int64 (batch_size,)."""
         drawn = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs = drawn // len(self.data)
         return torch.cat([self._permutation(int(e))[drawn[epochs == e] % len(self.data)] for e in epochs.unique()])
@@ -368,7 +378,7 @@ class Batches:
         return self._order
 
     def __call__(self, step: int, part: slice, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor | None]:
-        """A part of the batch of optimizer step `step`: x0 in [-1, 1], (n, C, H, W), and labels (n,) or None."""
+        """Return a part of the batch of optimizer step `step`: x0 in [-1, 1], (n, C, H, W), and labels (n,) or None."""
         images, labels = self.data.take(self.positions(step)[part])
         x0 = to_unit_range(to_device(images, device))
         return x0, labels if labels is None else to_device(labels, device)

@@ -1,4 +1,4 @@
-"""Finding images: a dataset id, a file or a folder -> a dataset with a column of images and perhaps one of classes."""
+"""Opening a dataset id, a file or a folder as a dataset with a column of images and perhaps a column of classes."""
 
 import glob
 import os
@@ -21,32 +21,32 @@ AnyDataset = Any
 """`datasets.Dataset` or `datasets.IterableDataset`."""
 
 FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".zip": "imagefolder"}
-"""Suffix of a file -> the loader of datasets that reads it."""
+"""Maps the suffix of a file to the `datasets` loader that reads it."""
 
 
 class DataError(ValueError):
-    """Data cannot become images; the message says what is wrong with which data."""
+    """Data cannot be read as images; the message names the data and what is wrong with them."""
 
 
 def reason(error: BaseException) -> str:
-    """What is at the root of an exception, in one line without a full stop."""
+    """Describe the root cause of an exception in one line without a full stop."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split()).rstrip(".")
-    if text and isinstance(error, ValueError | OSError):  # these speak for themselves
+    if text and isinstance(error, ValueError | OSError):  # their messages need no type name
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Turn whatever a loader raises into one sentence.
+    """Turn any exception of a loader into a DataError of one sentence.
 
-    A loader meets files, archives, disks and networks, each with exceptions of its own; all but a lack of memory are
-    the fault of what it reads.
+    Files, archives, disks and networks raise exceptions of many types. All of them except MemoryError are attributed
+    to the data that the loader reads.
 
     Raises:
-        DataError: naming `what` and the reason.
+        DataError: where the loader fails; the message names `what` and the reason.
     """
     try:
         yield
@@ -60,18 +60,18 @@ def explained(what: str) -> Iterator[None]:
 
 
 def open_dataset(data: str, split: str = "train", streaming: bool = False) -> AnyDataset:
-    """Open a dataset wherever it is.
+    """Open a local dataset or one on the Hub.
 
     Args:
         data: a folder or a zip file of images (class subfolders become labels); a folder of parquet files or of
             `Dataset.save_to_disk`; a parquet, arrow or tar file or a glob of such files; or the id of a dataset on the
             Hub.
-        split: which split, or an instruction of datasets such as "train[:10%]". A file, a glob, a saved `Dataset` and
-            images without a subfolder for each split have one split, "train".
-        streaming: read it row by row instead of as a whole.
+        split: name of a split, or an expression of `datasets` such as "train[:10%]". A file, a glob, a saved `Dataset`
+            and images without a subfolder for each split have one split, "train".
+        streaming: whether to read row by row instead of as a whole.
 
     Raises:
-        DataError: where there is nothing to read, or no such split, naming what was looked for.
+        DataError: where there is nothing to read, or no such split; the message names what was looked for.
     """
     if not data:
         raise DataError("data='' names nothing; give a folder of images, a parquet or arrow file or a dataset id.")
@@ -98,11 +98,11 @@ def open_dataset(data: str, split: str = "train", streaming: bool = False) -> An
 
 
 def _find_files(path: Path) -> str:
-    """The pattern of the files that a path or a glob stands for.
+    """Return the glob pattern of the files that a path or a glob names.
 
     Raises:
-        FileNotFoundError: where there are none.
-        DataError: as in `_check_files`.
+        FileNotFoundError: where there are no such files.
+        DataError: as `_check_files` does.
     """
     pattern = glob.escape(str(path)) if path.is_file() else str(path)
     files = glob.glob(pattern, recursive=True)
@@ -113,11 +113,11 @@ def _find_files(path: Path) -> str:
 
 
 def _check_files(files: Iterable[str]) -> None:
-    """Refuse what datasets takes for something else.
+    """Refuse files that `datasets` would misread without an error.
 
     Raises:
-        DataError: for a tar file cut off between two of its files, which it would read as a shorter one, and a parquet
-            file with an empty table, which it would read in batches of no rows.
+        DataError: for a tar file that was cut off between two of its members, which `datasets` would read as a shorter
+            one, and for a parquet file with an empty table, which it would read in batches of no rows.
     """
     for file in files:
         suffix = os.path.splitext(file)[1].lower()
@@ -140,7 +140,7 @@ def _is_empty_table(file: str) -> bool:
 
 
 def _open_folder(data: str, path: Path, split: str, streaming: bool) -> AnyDataset:
-    """A split of a folder: one saved by datasets, of images, or of files that datasets finds."""
+    """Open a split of a folder that `datasets` saved, of images, or of other files that `datasets` reads."""
     if (path / "config.yaml").is_file() and ((path / "checkpoints").is_dir() or (path / "plan.json").is_file()):
         raise DataError(f"data={data!r} is the folder of a training run; give a folder of images.")
     if saved := _load_saved(path):
@@ -161,13 +161,13 @@ def _open_folder(data: str, path: Path, split: str, streaming: bool) -> AnyDatas
 
 
 def _open_listed(listed: dict[str, datasets.Dataset], split: str, streaming: bool) -> AnyDataset:
-    """A split of images that `list_images` found."""
+    """Open a split of the images that `list_images` found."""
     found = take_split(listed, split)
     return _stream_files(found) if streaming else found
 
 
 def _load_saved(path: Path) -> dict[str, datasets.Dataset]:
-    """The splits that `save_to_disk` wrote into a folder; none where it did not."""
+    """Load the splits that `save_to_disk` wrote into a folder; return an empty dict for any other folder."""
     if not (path / "dataset_dict.json").is_file() and not (path / "state.json").is_file():
         return {}
     found = datasets.load_from_disk(str(path))
@@ -175,10 +175,10 @@ def _load_saved(path: Path) -> dict[str, datasets.Dataset]:
 
 
 def take_split(splits: dict[str, datasets.Dataset], split: str) -> datasets.Dataset:
-    """The rows that an instruction of datasets names: "train", "train[:10%]", "train+test".
+    """Return the rows that a split expression of `datasets` names: "train", "train[:10%]", "train+test".
 
     Raises:
-        ValueError: for a split that there is not, or a part without rows, naming those that there are.
+        ValueError: for an unknown split or a part without rows; the message names the existing splits.
     """
     sizes = {name: len(part) for name, part in splits.items()}
     named = [
@@ -200,7 +200,7 @@ _SPLITS = {
 }
 _WORDS = {word: (split, rank) for split, words in _SPLITS.items() for rank, word in enumerate(words)}
 _SPLIT_WORD = re.compile(rf"(?<![^-._ 0-9])({'|'.join(_WORDS)})(?![^-._ 0-9])")
-"""A word that names a split, between the ends of a name, hyphens, dots, underscores, spaces and digits."""
+"""Matches a word that names a split, between hyphens, dots, underscores, spaces, digits or the name's ends."""
 
 _IMAGE_SUFFIXES = {form for suffix in ImageFolder.EXTENSIONS for form in (suffix, suffix.upper())}
 _OTHER_DATA = tuple(f"/{name}" for name in ImageFolder.METADATA_FILENAMES) + tuple(FILE_FORMATS)
@@ -208,14 +208,16 @@ _DESCRIPTIONS = ("dataset_infos.json", ".huggingface.yaml")
 
 
 def list_images(place: Path) -> dict[str, datasets.Dataset]:
-    """The images in a folder or a zip file: split -> "image", and "label" where each subfolder is a class.
+    """List the images in a folder or a zip file.
 
-    Splits, classes and order are those of the imagefolder loader of datasets, which needs 1 ms of CPU for each file at
-    every start and knows no classes in a zip file. What it reads by other rules is left to it: with other data or
-    metadata beside the images, with a description of the data, or where a name speaks of two splits.
+    Splits, classes and order are those of the imagefolder loader of `datasets`. That loader takes 1 ms of CPU time per
+    file at every start, and finds no classes in a zip file. It remains responsible for the places that it reads by
+    other rules: those with other data, metadata or a dataset description beside the images, and those where a name
+    contains the words of two splits.
 
     Returns:
-        Nothing for those, and where there are no images.
+        For each split a dataset with the column "image", and "label" where each subfolder is a class. The dict is empty
+        where there are no images, or the imagefolder loader is responsible.
 
     Raises:
         OSError: where a folder cannot be listed.
@@ -237,13 +239,15 @@ def list_images(place: Path) -> dict[str, datasets.Dataset]:
 
 
 def _walk(folder: str, prefix: str, above: tuple[str, ...] = ()) -> Iterator[str]:
-    """Paths of all files in a folder, relative to it, but for hidden ones and those in `__folders`; links are followed,
-    though not to a folder `above`."""
+    """Yield the relative paths of all files in a folder, except hidden ones and those in folders named `__*`.
+
+    Links are followed, except to one of the folders `above`, which would loop.
+    """
     real = os.path.realpath(folder)
     if real in above:
         return
     for entry in os.scandir(folder):
-        kind = Path(entry) if entry.is_symlink() else entry  # to a path, a link that leads nowhere is neither
+        kind = Path(entry) if entry.is_symlink() else entry  # for a Path, a dangling link is neither file nor folder
         if entry.name.startswith("."):
             continue
         if kind.is_file():
@@ -253,24 +257,25 @@ def _walk(folder: str, prefix: str, above: tuple[str, ...] = ()) -> Iterator[str
 
 
 def _zipped(archive: Path) -> set[str]:
-    """Paths of all files in a zip file, but for those that `_walk` leaves out of a folder."""
+    """Return the paths of all files in a zip file, except those that `_walk` would leave out of a folder."""
     hidden = re.compile(r"(^|/)(\.|__[^/]*/)|/$")
     with zipfile.ZipFile(archive) as file:
         return {name for name in file.namelist() if not hidden.search(name)}
 
 
 def _is_described(place: Path) -> bool:
-    """Whether a card or another file in a folder tells datasets how to read it."""
+    """Return whether a dataset card or another file in a folder tells `datasets` how to read it."""
     card = place / "README.md"
     described = any((place / name).exists() for name in _DESCRIPTIONS)
     return described or (card.is_file() and card.read_bytes().startswith(b"---"))
 
 
 def _by_split(images: list[str]) -> dict[str, list[str]]:
-    """Split -> its images: by the names of folders if any is that of a split, else by those of files, else all train.
+    """Group images by split: by folder names if any of them names a split, else by file names, else all as train.
 
-    Within a split, those whose name is the plain word come first, then those that begin with it, and so on for each
-    word. Nothing is returned where a name speaks of two splits, or is that of a shard.
+    Each split is sorted by the word that names it, in the order of _SPLITS. For each word, names that are the plain
+    word come first, then those that begin with it, then those that end with it. The result is empty where a name
+    contains the words of two splits, or is the name of a shard.
     """
     if any(re.match(r"data/[^/]*-\d{5}-of-\d{5}[^/]*\.", image) for image in images):
         return {}
@@ -289,9 +294,10 @@ def _by_split(images: list[str]) -> dict[str, list[str]]:
 
 
 def _classes(splits: dict[str, list[str]]) -> list[str]:
-    """Names of the classes, sorted.
+    """Return the sorted names of the classes.
 
-    There are none where images lie at several depths, or all those of the first split in folders of one name.
+    There are none where images lie at several depths, or where all images of the first split lie in folders of the same
+    name.
     """
     depths = {image.count("/") for images in splits.values() for image in images}
     names = {split: {_folder_name(image) for image in images} for split, images in splits.items()}
@@ -305,9 +311,9 @@ def _folder_name(image: str) -> str:
 
 
 def _to_dataset(images: list[str], form: tuple[str, str], classes: list[str]) -> datasets.Dataset:
-    """A dataset of image files, with the names of their folders as labels where there are classes.
+    """Make a dataset of image files; where there are classes, the name of a file's folder gives its label.
 
-    `form` is what stands before and after an image in its full path.
+    `form` holds the prefix and the suffix that turn the relative path of an image into its full path.
     """
     before, after = form
     columns: dict[str, list] = {"image": [f"{before}{image}{after}" for image in images]}
@@ -323,7 +329,7 @@ def _to_dataset(images: list[str], form: tuple[str, str], classes: list[str]) ->
 
 
 def _stream_files(images: datasets.Dataset) -> datasets.IterableDataset:
-    """Listed images as a stream, shuffled as that of the imagefolder loader: by rows, not by tables."""
+    """Turn listed images into a stream that is shuffled by rows, like that of the imagefolder loader, not by tables."""
     rows = images.cast_column("image", datasets.Image(decode=False))
     return datasets.IterableDataset.from_generator(_rows, images.features, gen_kwargs={"dataset": rows})
 
@@ -336,7 +342,7 @@ def _rows(dataset: datasets.Dataset) -> Iterator[dict]:
 
 
 def find_image_column(dataset: AnyDataset, name: str | None = None) -> str:
-    """The column that holds the images: `name` if given, else the only one that looks like it.
+    """Return the column that holds the images: `name` if given, else the only column of images.
 
     Raises:
         DataError: for an unknown column or one of another type, or where none or several hold images.
@@ -357,17 +363,17 @@ def find_image_column(dataset: AnyDataset, name: str | None = None) -> str:
 
 
 def _holds_images(feature: object) -> bool:
-    """An image feature, or what one looks like in a parquet file written without it."""
+    """Return whether a feature holds images: an image feature, or the bytes and path that a parquet file stores."""
     return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
 
 
 def _may_hold_images(feature: object) -> bool:
-    """An image feature, or what datasets can cast to one: encoded images or paths to them."""
+    """Return whether a feature holds images, or what `datasets` can cast to images: encoded files or paths to them."""
     return _holds_images(feature) or _dtype(feature) in ("string", "large_string", "binary", "large_binary")
 
 
 def _dtype(feature: object) -> str:
-    """The type of a column of plain values; "" for others."""
+    """Return the type of a column of plain values, "" for any other column."""
     return feature.dtype if isinstance(feature, datasets.Value) else ""
 
 
@@ -376,10 +382,10 @@ def _describe(feature: object) -> str:
 
 
 def find_label_column(dataset: AnyDataset, name: str | None = None) -> str:
-    """The column that holds the classes: `name` if given, else the only one of class labels.
+    """Return the column that holds the classes: `name` if given, else the only column of class labels.
 
     Raises:
-        DataError: for an unknown column, or where no single one holds class labels.
+        DataError: for an unknown column, or where none or several hold class labels.
     """
     features = dataset.features or {}
     columns = ", ".join(features)
@@ -394,11 +400,13 @@ def find_label_column(dataset: AnyDataset, name: str | None = None) -> str:
 
 
 def read_labels(dataset: datasets.Dataset, column: str) -> tuple[Tensor, tuple[str, ...]]:
-    """Labels (N,) from 0 and the names of the classes; whole numbers and strings are numbered as strings are sorted.
+    """Return the labels, int64 (N,) from 0, and the names of the classes.
+
+    Whole numbers and strings become classes in the order in which their strings are sorted.
 
     Raises:
-        DataError: for a column of other values, and where a row has no label (null, or -1 of a class label) or one
-            that is no class.
+        DataError: for a column of other values, and where a row has no label (null, or -1 in a column of class labels)
+            or one that is not a class.
     """
     feature = dataset.features[column]
     with explained(f"label_column={column!r}"):
@@ -424,5 +432,5 @@ def read_labels(dataset: datasets.Dataset, column: str) -> tuple[Tensor, tuple[s
 
 
 def is_label(value: int | None, classes: tuple[str, ...]) -> bool:
-    """Whether a row has the label of a class; datasets writes null or -1 where it has none."""
+    """Return whether a value is the label of a class; `datasets` writes null or -1 for a missing label."""
     return value is not None and 0 <= value < len(classes)

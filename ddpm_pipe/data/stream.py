@@ -1,4 +1,4 @@
-"""Data too large to decode at once: rows read one after another, shuffled in a buffer, decoded when they are used."""
+"""Streaming of data that are too large to decode at once: rows are shuffled in a buffer and decoded when used."""
 
 import itertools
 import math
@@ -31,26 +31,28 @@ from ddpm_pipe.launch import to_device
 from ddpm_pipe.randomness import derive_seed
 
 PATIENCE = 1000
-"""Rows in a row that cannot be read after which a stream is given up."""
+"""Number of consecutive unreadable rows after which a stream is given up."""
 
 _TAKEN = signature(datasets.IterableDataset.shuffle).parameters
 SHARDS = {"max_buffer_input_shards": 1} if "max_buffer_input_shards" in _TAKEN else {}
-"""One file of a stream is read at a time; datasets from 5 on would read ten in threads, and wait 5 s for their end."""
+"""Makes `datasets` read one file of a stream at a time. From version 5 on it would read ten in threads, and wait 5 s
+for them to end."""
 
 Example = tuple[np.ndarray, int]
-"""An image, uint8 (C, H, W), and its label, 0 where there are none."""
+"""An image, uint8 (C, H, W), and its label, which is 0 where there are no labels."""
 
 
 @dataclass
 class ImageStream:
-    """A stream of rows, and what its images are to become.
+    """A stream of rows, with what is needed to decode its images.
 
     Attributes:
-        rows: the dataset, its images not decoded.
-        column, label_column: where the images and the labels are; no labels without the latter.
+        rows: the dataset, whose images are not decoded.
+        column: the column of the images.
+        label_column: the column of the labels; None where there are none.
         class_names: names of the classes, by label.
         shape: (C, H, W) of the images.
-        skipped: one line for each image that could not be read until now.
+        skipped: one line for each image that could not be read so far.
     """
 
     rows: datasets.IterableDataset
@@ -61,13 +63,13 @@ class ImageStream:
     skipped: list[str] = field(default_factory=list)
 
     def decode(self, rows: list[dict], following: Iterable[dict] = ()) -> tuple[Tensor, Tensor | None]:
-        """Images uint8 (n, C, H, W) and labels (n,) or None.
+        """Decode rows into images, uint8 (n, C, H, W), and labels, (n,) or None.
 
-        What cannot be read is reported once and gives way to the first readable row after it, in `rows` or in
-        `following`: a batch keeps its size, and is the same however it is cut into parts.
+        An image that cannot be read is reported once and replaced by that of the first readable row after it, in `rows`
+        or in `following`. So a batch keeps its size, and is the same however it is cut into parts.
 
         Raises:
-            DataError: where the last of the rows and PATIENCE after it cannot be read.
+            DataError: where the last of the rows and the next PATIENCE rows cannot be read.
         """
         chosen: list[Example] = []
         for example in reversed(self._read(rows)):
@@ -77,7 +79,7 @@ class ImageStream:
         return self._stack(chosen[::-1])
 
     def _read(self, rows: list[dict]) -> list[Example | Unreadable]:
-        """Image and label of each row; what cannot be read is reported the first time."""
+        """Decode image and label of each row; report an unreadable image the first time it is met."""
         channels, height, width = self.shape
         images = map_cells(
             lambda cell: to_array(open_image(cell), channels, (height, width)), [r[self.column] for r in rows]
@@ -112,10 +114,10 @@ class ImageStream:
         return torch.from_numpy(images), labels
 
     def hold_out(self, count: int, seed: int) -> tuple["ImageStream", ImageData]:
-        """The stream without its first `count` rows, and the readable images among those, in memory.
+        """Return the stream without its first `count` rows, and the readable images of those rows, in memory.
 
         Raises:
-            DataError: where they would fill the memory, or nothing would be left to train on.
+            DataError: where the images do not fit into memory, or nothing would be left to train on.
         """
         if count < 0:
             raise DataError(f"holdout={count} must be at least 0.")
@@ -130,17 +132,17 @@ class ImageStream:
         return replace(self, rows=self.rows.skip(count)), held_out
 
     def batches(self, batch_size: int, seed: int) -> "StreamBatches":
-        """Training batches of this stream."""
+        """Return the training batches of this stream."""
         return StreamBatches(self, batch_size, seed)
 
     def summary(self) -> str:
-        """The stream in a line, for the plan and the model card."""
+        """Describe the stream in one line, for the plan and the model card."""
         channels, height, width = self.shape
         size = f"{width}x{height}, {channels} channel{'s' * (channels > 1)}"
         return f"a stream of images, {size}, from column {self.column!r}"
 
     def notes(self) -> list[str]:
-        """What else is printed before training starts: the classes."""
+        """Return further lines to print before training: the classes."""
         names = self.class_names
         return [f"{len(names)} classes: {', '.join(names)}"] if names else []
 
@@ -155,12 +157,12 @@ def stream_images(
     resolution: list[int] | None = None,
     channels: int | None = None,
 ) -> ImageStream:
-    """Open a dataset as a stream; the arguments are those of `data.load_images`.
+    """Open a dataset as a stream; the arguments are those of `load_images`.
 
-    Size and channels are those of the first readable image where none are asked for; others are made to fit.
+    Where no size or channels are given, the first readable image decides them, and the others are converted to match.
 
     Raises:
-        DataError: where the stream holds no image, or labels are wanted that are not of the class-label type.
+        DataError: where the stream holds no image, or the labels to read are not of the class-label type.
     """
     rows = open_dataset(data, split, streaming=True)
     column = find_image_column(rows, image_column)
@@ -179,25 +181,25 @@ def stream_images(
 
 
 class StreamBatches:
-    """Batches of a stream; which rows make up a step is a function of (seed, step), as with `data.Batches`.
+    """Batches of a stream, in which the rows of a step are a function of (seed, step), as in `Batches`.
 
-    A step is found by reading on to it, from the start where it lies behind. Every process reads all rows and decodes
-    its own, and does so for the next step, in a thread, while the network is at work on this one.
+    The stream is read forward up to the step, from the start if the step's rows are no longer held. Every process reads
+    all rows and decodes its own. A thread does this for the next step while the network works on this one.
 
     Args:
         stream: the images.
         batch_size: images per optimizer step, over all processes.
-        seed: of the order.
-        buffer_size: rows among which the next is drawn.
+        seed: seed of the order.
+        buffer_size: number of rows from which the next one is drawn.
     """
 
     def __init__(self, stream: ImageStream, batch_size: int, seed: int, buffer_size: int = 1000):
         self.stream, self.batch_size, self.seed = stream, batch_size, seed
         self.buffer_size = buffer_size
-        self._reader = ThreadPoolExecutor(1)  # one: it alone reads rows, in the order of the calls
+        self._reader = ThreadPoolExecutor(1)  # a single thread, so that rows are read in the order of the calls
         self._ahead: dict[tuple[int, int], Future] = {}
         self._rows = self._epochs()
-        self._first = 0  # number of the first row in _held, counted over the epochs
+        self._first = 0  # number of the first row in _held, counted across epochs
         self._held: deque[dict] = deque()
 
     def _epochs(self) -> Iterator[dict]:
@@ -212,7 +214,7 @@ class StreamBatches:
                 yield from rows
 
     def _seek(self, step: int) -> None:
-        """Let go of the rows before the step before this one; where its own are gone, read again from the start."""
+        """Drop the rows before the previous step; where the rows of this step are gone, read again from the start."""
         if step * self.batch_size < self._first:
             self._rows, self._first = self._epochs(), 0
             self._held.clear()
@@ -222,20 +224,20 @@ class StreamBatches:
             self._first += 1
 
     def _row(self, number: int) -> dict:
-        """A row that is not let go of yet, read now or before."""
+        """Return a row that was not dropped yet, and read on to it where needed."""
         while number >= self._first + len(self._held):
             self._held.append(next(self._rows))
         return self._held[number - self._first]
 
     def _decode(self, step: int, part: slice) -> tuple[Tensor, Tensor | None]:
-        """A part of the rows of a step as images and labels, in the reader's thread."""
+        """Decode a part of the rows of a step into images and labels; this runs in the reader thread."""
         self._seek(step)
         numbers = range(step * self.batch_size, (step + 1) * self.batch_size)[part]
         rows = [self._row(number) for number in numbers]
         return self.stream.decode(rows, map(self._row, itertools.count(numbers.stop)))
 
     def __call__(self, step: int, part: slice, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor | None]:
-        """A part of the batch of optimizer step `step`: x0 in [-1, 1], (n, C, H, W), and labels (n,) or None."""
+        """Return a part of the batch of optimizer step `step`: x0 in [-1, 1], (n, C, H, W), and labels (n,) or None."""
         now = self._ahead.pop((step, part.start), None) or self._reader.submit(self._decode, step, part)
         self._ahead = {key: ahead for key, ahead in self._ahead.items() if key[0] >= step}
         self._ahead[step + 1, part.start] = self._reader.submit(self._decode, step + 1, part)

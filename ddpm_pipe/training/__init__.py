@@ -1,1 +1,1 @@
-"""Algorithm 1 under Accelerate, and all that keeps a run alive and shows how it is."""
+"""Training by Algorithm 1 of DDPM under Accelerate, with checkpoints, logs and validation."""

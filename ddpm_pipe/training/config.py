@@ -1,4 +1,4 @@
-"""Every choice of a training run. The defaults are a small recipe for small images; the presets are others."""
+"""Every setting of a training run. The defaults are a recipe for small images; the presets hold other recipes."""
 
 from typing import Annotated, Literal, Self
 
@@ -19,7 +19,7 @@ from ddpm_pipe.config import (
 )
 
 Width = Annotated[Float, Field(gt=0, le=12**-0.5)]
-"""sigma_rel of a power-function average; 1 / sqrt(12) is the flat one, of all steps alike."""
+"""sigma_rel of a power-function average; 1 / sqrt(12) weights all steps alike."""
 
 
 class DataConfig(Config):
@@ -40,7 +40,7 @@ class DataConfig(Config):
     flip: bool = False
     """mirror images at random"""
     class_conditional: bool = False
-    """train on the labels too"""
+    """train a network conditioned on the class labels"""
     class_dropout: Share = 0.1
     """probability of hiding a label, for classifier-free guidance"""
     streaming: bool = False
@@ -78,7 +78,7 @@ class LossConfig(Config):
     loss_weight: str = "none"
     """how noise levels are weighted: none, p2 or min_snr"""
     loss_gamma: PositiveFloat | None = None
-    """exponent of p2 or ceiling of min_snr; that of the paper, 1 or 5, if not given"""
+    """exponent of p2 or ceiling of min_snr; the value of the paper, 1 or 5, if not given"""
     loss_k: PositiveFloat | None = None
     """k of p2; 1 if not given"""
     vlb_weight: NonNegativeFloat = 1e-3
@@ -97,7 +97,7 @@ class OptimConfig(Config):
     batch_size: PositiveInt = 64
     """images per optimizer step, over all processes and accumulation steps"""
     gradient_accumulation_steps: PositiveInt = 1
-    """parts into which each process cuts its share of the batch"""
+    """parts into which each process cuts its share of the batch to save memory"""
     learning_rate: PositiveFloat = 2e-4
     """peak learning rate"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -115,15 +115,15 @@ class OptimConfig(Config):
     max_grad_norm: NonNegativeFloat = 1.0
     """norm to which larger gradients are scaled down; 0 leaves them as they are"""
     max_bad_steps: PositiveInt = 20
-    """steps in a row without a finite gradient after which the run stops"""
+    """consecutive steps without a finite gradient after which the run stops"""
     ema_decay: Share = 0.9999
     """longest decay of the averaged weights"""
     ema_power: PositiveFloat = 2 / 3
-    """how fast the decay grows to it: 1 - (1 + step)^-power"""
+    """how fast the decay grows to ema_decay: 1 - (1 + step)^-power"""
     ema_sigma_rel: Listed[Width] = []
-    """widths of power-function averages, two at least, whose snapshots `ddpm-pipe average` mixes into any other"""
+    """widths of at least two power-function averages, whose snapshots let `ddpm-pipe average` build any other width"""
     ema_snapshot_every: PositiveInt | None = None
-    """optimizer steps between these snapshots; as save_every if not given"""
+    """optimizer steps between the snapshots of ema_sigma_rel; save_every if not given"""
     seed: NonNegativeInt = 0
     """seed of the whole run"""
 
@@ -132,7 +132,7 @@ class MachineConfig(Config):
     """Machine"""
 
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """precision of the network; auto is what the launcher was told, or bf16 where the device computes it"""
+    """precision of the network; auto takes that of the launcher, or bf16 where the device supports it"""
     channels_last: bool | None = None
     """keep images channels-last in memory; chosen on CUDA if not given"""
     gradient_checkpointing: bool = False
@@ -140,7 +140,7 @@ class MachineConfig(Config):
     compile: bool = False
     """compile the network with torch.compile"""
     deterministic: bool = False
-    """use deterministic algorithms on CUDA, which are slower, so that a resumed run has the same bits there too"""
+    """use deterministic algorithms on CUDA, which are slower, so that a resumed run is bit-identical there too"""
 
 
 class OutputConfig(Config):
@@ -153,7 +153,7 @@ class OutputConfig(Config):
     keep_last: PositiveInt = 2
     """newest checkpoints to keep"""
     keep_every: NonNegativeInt = 0
-    """keep also checkpoints at multiples of this step; 0 for none"""
+    """also keep checkpoints at multiples of this step; 0 for none"""
     sample_every: NonNegativeInt = 5_000
     """optimizer steps between sample grids; 0 for none"""
     num_samples: PositiveInt = 64
@@ -165,17 +165,17 @@ class OutputConfig(Config):
     log_every: PositiveInt = 20
     """optimizer steps between log entries"""
     tracker: Literal["auto", "none", "tensorboard", "wandb"] = "auto"
-    """where the log goes besides the run folder; auto is tensorboard where it is installed"""
+    """where the log goes besides the run folder; auto means tensorboard where it is installed"""
     push_to: str | None = None
     """repository on the Hub, org/name, to push to every push_every steps"""
     push_every: NonNegativeInt = 0
     """optimizer steps between pushes, a multiple of save_every; 0 for none"""
     push_public: bool = False
-    """let everyone see what is pushed; it is private otherwise"""
+    """make the pushed repository public; it is private otherwise"""
     resume: bool = False
     """resume from the newest checkpoint of output_dir"""
     overwrite: bool = False
-    """delete the run that output_dir holds"""
+    """delete the run in output_dir before training"""
 
 
 class TrainConfig(DataConfig, ModelConfig, LossConfig, OptimConfig, MachineConfig, OutputConfig):
@@ -201,7 +201,7 @@ class TrainConfig(DataConfig, ModelConfig, LossConfig, OptimConfig, MachineConfi
         return self
 
     def is_due(self, step: int, every: int) -> bool:
-        """Whether what is done every so many steps, and at the end, is due after `step` of them; 0 is never."""
+        """Return whether a task is due after `step` steps: at multiples of `every` and at the end, or never for 0."""
         return every > 0 and (step % every == 0 or step == self.steps)
 
 
@@ -211,6 +211,6 @@ class AverageConfig(Config):
     run: Place
     """the run folder"""
     sigma_rel: Annotated[Listed[Width], Field(min_length=1)]
-    """widths of the averages relative to the run, with commas between: 0.05,0.10"""
+    """widths of the averages relative to the run, separated by commas: 0.05,0.10"""
     step: PositiveInt | None = None
-    """step at which they end; the last snapshot if not given"""
+    """step at which the averages end; that of the last snapshot if not given"""

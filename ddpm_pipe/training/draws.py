@@ -1,4 +1,4 @@
-"""All that chance decides in one optimizer step but which images it takes: a function of the seed and the step."""
+"""The random numbers of one optimizer step, except the choice of images, as a function of the seed and the step."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -11,33 +11,33 @@ from ddpm_pipe.randomness import derive_seed, generator
 from ddpm_pipe.training.config import TrainConfig
 
 BLOCK = 8
-"""Images whose noise is drawn together: a process draws at most two blocks more than its share."""
+"""Number of images whose noise is drawn together: a process draws at most two blocks more than its share."""
 
 
 class Draws(NamedTuple):
-    """What chance decides about a part of the batch."""
+    """The random numbers for a part of the batch."""
 
     t: Tensor
     """timesteps, (n,)"""
     weight: Tensor
-    """1 / (T p_t): what makes up for drawing some timesteps more often, (n,)"""
+    """1 / (T p_t), the loss weight that corrects for drawing some timesteps more often, (n,)"""
     eps: Tensor
     """noise, (n, C, H, W)"""
     mirror: Tensor
     """whether the image is mirrored, (n,)"""
     hide_label: Tensor
-    """whether the label gives way to the null class, (n,)"""
+    """whether the null class replaces the label, (n,)"""
     self_condition: bool
-    """whether the network is shown its own estimate; the same for the whole batch"""
+    """whether the network receives its own estimate of x0 (self-conditioning); the same for the whole batch"""
     dropout_seed: int
-    """of the part: the seed of torch before the network is called"""
+    """the seed given to torch before the network is called on this part"""
 
     def mirrored(self, x0: Tensor) -> Tensor:
-        """The images (n, C, H, W), some of them mirrored."""
+        """Return the images, (n, C, H, W), mirrored where `mirror` is true."""
         return torch.where(self.mirror.view(-1, 1, 1, 1), x0.flip(-1), x0)
 
     def conditions(self, labels: Tensor | None, null_class: int | None) -> dict[str, Tensor]:
-        """What the network is told besides x_t and t: the labels (n,), some of them hidden, or nothing."""
+        """Return the network's inputs besides x_t and t: the labels (n,), of which some are hidden, or nothing."""
         if labels is None or null_class is None:
             return {}
         return {"class_labels": torch.where(self.hide_label, null_class, labels)}
@@ -46,13 +46,16 @@ class Draws(NamedTuple):
 def micro_batches(
     config: TrainConfig, accelerator: Accelerator, probabilities: Tensor, step: int, shape: tuple[int, ...]
 ) -> Iterator[tuple[slice, Draws]]:
-    """The parts of the batch of a step that fall to this process, one per accumulation step.
+    """Yield this process's parts of the batch of a step, one per accumulation step, with their random numbers.
 
-    Numbers are drawn for the whole batch and cut. Noise is drawn in blocks of a few images, by a generator of each, and
-    only the blocks of the part. So nothing depends on the number of processes, and none draws the noise of others.
+    Scalars are drawn for the whole batch and then cut. Noise is drawn in blocks of BLOCK images, each with a generator
+    of its own, and a process draws only the blocks of its parts. So the numbers do not depend on how many processes
+    there are.
 
     Args:
-        probabilities: of each timestep, (T,), on the device.
+        config: the config of the run.
+        accelerator: gives the device, the number of processes and the index of this one.
+        probabilities: probability of each timestep, (T,), on the device.
         step: optimizer steps done.
         shape: (C, H, W) of the images.
     """
@@ -62,7 +65,7 @@ def micro_batches(
         return generator(config.seed, stream, step, device=device)
 
     def draw_noise(stream: str, part: slice, *sizes: int) -> Tensor:
-        """Normal noise of a part of the batch, (n, *sizes)."""
+        """Draw the standard normal noise of a part of the batch, (n, *sizes)."""
         blocks = range(part.start // BLOCK, -(-part.stop // BLOCK))
         generators = [generator(config.seed, stream, step, block, device=device) for block in blocks]
         drawn = torch.cat([torch.randn(BLOCK, *sizes, generator=each, device=device) for each in generators])
@@ -70,7 +73,7 @@ def micro_batches(
 
     t = torch.multinomial(probabilities, size, replacement=True, generator=draw("timestep"))
     weight = (1 / (config.num_train_timesteps * probabilities[t])).float()
-    # on the CPU, where earlier versions drew it
+    # drawn on the CPU, as earlier versions did
     mirror = (torch.rand(size, generator=generator(config.seed, "flip", step)) < (0.5 if config.flip else 0)).to(device)
     hide = torch.rand(size, generator=draw("class_dropout"), device=device) < config.class_dropout
     self_condition = (

@@ -1,4 +1,4 @@
-"""Stopping a run between two steps when it is asked to."""
+"""Stopping a run between two steps when a signal or the end of the launcher asks it to."""
 
 import os
 import signal
@@ -16,13 +16,13 @@ class Interrupted(SystemExit):
 
 
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
-"""What `accelerate launch` and `torchrun` set for the processes that they start."""
+"""Environment variables that `accelerate launch` and `torchrun` set for the processes they start."""
 
 
 class Interruption:
-    """Notes SIGTERM and SIGINT, so that the run can stop after a whole step; a second signal ends it at once.
+    """Records SIGTERM and SIGINT, so that the run can stop after a whole step; a second signal ends it at once.
 
-    A process of a launcher is also asked to stop when the launcher ends: `accelerate launch` hands no signal on.
+    The end of the launcher also asks its processes to stop, because `accelerate launch` does not forward signals.
     """
 
     def __init__(self):
@@ -31,7 +31,7 @@ class Interruption:
 
     @property
     def requested(self) -> bool:
-        """Whether this process was asked to stop."""
+        """True once this process was asked to stop."""
         return self.signalled or (self.launcher is not None and os.getppid() != self.launcher)
 
     def __enter__(self) -> "Interruption":
@@ -53,7 +53,7 @@ class Interruption:
         self._restore()
 
     def agreed(self, step: int, ask_every: int, accelerator: Accelerator) -> bool:
-        """Whether any process was asked to stop. Several processes ask each other every `ask_every` steps."""
+        """Return whether any process was asked to stop. Several processes ask each other every `ask_every` steps."""
         if accelerator.num_processes == 1:
             return self.requested
         if step % ask_every:

@@ -1,4 +1,4 @@
-"""What `accelerate launch` and the machine say of a run: processes, precision, trackers."""
+"""Settings that `accelerate launch` and the machine give a run: processes, precision and trackers."""
 
 import os
 
@@ -21,14 +21,14 @@ UNSUPPORTED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
-"""What `accelerate launch` sets for a process -> what it then expects of it."""
+"""Maps an environment variable of `accelerate launch` to the unsupported feature that it requests."""
 
 
 def follow_launcher(config: TrainConfig) -> TrainConfig:
-    """The config with what `accelerate launch` was told of precision; its `no` is the same as not being told.
+    """Return the config with the precision that `accelerate launch` was given; `no` counts as not given.
 
     Raises:
-        ValueError: where the launcher was told what is not supported, or what contradicts the config.
+        ValueError: where the launcher was given an option that is not supported, or contradicts the config.
     """
     for variable, name in UNSUPPORTED.items():
         if parse_flag_from_env(variable):
@@ -52,7 +52,11 @@ def follow_launcher(config: TrainConfig) -> TrainConfig:
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate for this machine, with the precision and tracker that the config or the machine choose."""
+    """Make the Accelerator with the precision and the tracker that the config names or, for auto, the machine allows.
+
+    Raises:
+        ValueError: for fp16 without a CUDA device.
+    """
     tracker = config.tracker
     if tracker == "auto":
         tracker = "tensorboard" if is_tensorboard_available() else "none"
@@ -62,15 +66,15 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("mixed_precision='fp16' needs a CUDA device; use bf16 or no.")
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without, cuBLAS refuses
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS raises an error
         torch.use_deterministic_algorithms(True)
     return Accelerator(
-        cpu=not torch.accelerator.is_available(),  # said outright, so that several processes on CPUs find each other
+        cpu=not torch.accelerator.is_available(),  # explicit, so that several processes on CPUs find each other
         mixed_precision=precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=PATIENCE),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # one copy of the gradients less
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # saves one copy of the gradients
         ],
         log_with=None if tracker == "none" else tracker,
         project_dir=config.output_dir,
@@ -78,7 +82,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def _computes_bf16() -> bool:
-    """Whether the device of this run has bf16 instructions, not an emulation."""
+    """Return whether the device of this run has bf16 instructions and does not merely emulate them."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

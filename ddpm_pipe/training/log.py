@@ -1,4 +1,4 @@
-"""What is seen of a run while it goes on: progress bar, tracker, and metrics.jsonl, from which the report is drawn."""
+"""The log of a run in progress: the progress bar, the tracker, and metrics.jsonl, from which the report is drawn."""
 
 import json
 import math
@@ -19,7 +19,10 @@ TIMESTEP_BINS = 10
 
 
 def mean_by_timestep(t: Tensor, losses: Tensor, steps: int) -> Tensor:
-    """Sums and counts of losses (n,) in equal ranges of t, (2, TIMESTEP_BINS): their quotient is the mean loss."""
+    """Return sums and counts of losses (n,) in equal ranges of t, float64 (2, TIMESTEP_BINS).
+
+    Sum divided by count is the mean loss of a range. `t` holds the timesteps (n,), and `steps` is T.
+    """
     place = t * TIMESTEP_BINS // steps
     sums = torch.zeros(2, TIMESTEP_BINS, dtype=torch.float64, device=t.device)
     sums[0].index_add_(0, place, losses.double())
@@ -28,7 +31,7 @@ def mean_by_timestep(t: Tensor, losses: Tensor, steps: int) -> Tensor:
 
 
 def named_means(name: str, sums: Tensor) -> dict[str, float]:
-    """`name` -> the mean over all, and `name/t_000` ... -> over each range of t that has losses."""
+    """Return the mean loss as `name`, and that of each range of t that has losses as `name/t_00%`, `name/t_10%`, ..."""
     totals, counts = sums.cpu()
     means = {name: (totals.sum() / counts.sum()).item()}
     for i in counts.nonzero().flatten().tolist():
@@ -37,7 +40,7 @@ def named_means(name: str, sums: Tensor) -> dict[str, float]:
 
 
 class Log:
-    """Entries every `log_every` optimizer steps. Losses stay on the device in between."""
+    """Writes an entry every `log_every` optimizer steps. Losses stay on the device in between."""
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator, run: Run, first_step: int):
         self.config, self.accelerator, self.run = config, accelerator, run
@@ -50,7 +53,7 @@ class Log:
         accelerator.init_trackers("logs")
 
     def _forget_after(self, step: int) -> None:
-        """Delete what was logged and drawn after the checkpoint that the run resumes from."""
+        """Delete the log entries and grids later than `step`, the checkpoint that the run resumes from."""
         kept = [json.dumps(entry) + "\n" for entry in self.run.read_metrics() if entry["step"] <= step]
         replace_text(self.run.metrics, "".join(kept))
         for shown in self.run.steps(self.run.samples):
@@ -58,12 +61,12 @@ class Log:
                 file.unlink(missing_ok=True)
 
     def write(self, step: int, seen: list[tuple[Tensor, Tensor]], **values: float) -> None:
-        """Advance the bar; where it is time, log the mean losses of all processes, the speed and `values`.
+        """Advance the bar; if an entry is due, log the mean losses of all processes, the speed and `values`.
 
         Args:
             step: optimizer steps done.
             seen: timesteps (n,) and losses (n,) of this process, one pair per accumulation step.
-            values: what else to log.
+            values: further values to log, by name.
         """
         self.bar.update()
         self.losses += seen
@@ -79,7 +82,7 @@ class Log:
         self.record(step, means | {"images_per_second": speed} | values)
 
     def record(self, step: int, values: dict[str, float]) -> None:
-        """Write values to the tracker and to metrics.jsonl, on the main process; what is not finite is null there."""
+        """Write values to the tracker and, on the main process, to metrics.jsonl, with null for values not finite."""
         self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
             entry = {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -87,7 +90,7 @@ class Log:
                 file.write(json.dumps({"step": step} | entry) + "\n")
 
     def show(self, step: int, grids: dict[str, Image.Image]) -> None:
-        """Give image grids to the tracker."""
+        """Send image grids to the tracker."""
         batches = {name: np.asarray(grid.convert("RGB"))[None] for name, grid in grids.items()}
         for tracker in self.accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

@@ -1,8 +1,7 @@
 """Training: Algorithm 1 of DDPM under Accelerate.
 
-Everything that is scheduled is a pure function of the optimizer step, everything random a function of the seed and
-counters, and the batch is cut into equal parts for processes and accumulation steps: a run is the same however it is
-cut.
+Every schedule is a pure function of the optimizer step, and every random number a function of the seed and of counters.
+The batch is cut into equal parts for processes and accumulation steps. So a run takes the same steps however it is cut.
 """
 
 from contextlib import ExitStack
@@ -34,15 +33,15 @@ __all__ = ["Interrupted", "TrainConfig", "train"]
 
 
 def train(config: TrainConfig) -> Path:
-    """Train a network and leave a pipeline in `<output_dir>/pipeline`.
+    """Train a network and save its averaged weights as a pipeline in `<output_dir>/pipeline`.
 
     Returns:
         The folder of the pipeline, for `DDPMPipeline.from_pretrained`.
 
     Raises:
-        ValueError: for a config or data that cannot work, or gradients that stay infinite, in one sentence.
-        CheckpointError: where a checkpoint cannot be written; earlier ones are intact.
-        Interrupted: after SIGTERM, SIGINT or the end of the launcher, when the checkpoint is written.
+        ValueError: for a config or data that cannot work, or gradients that are not finite for `max_bad_steps` steps.
+        CheckpointError: where a checkpoint cannot be written, or none can be read; earlier ones are intact.
+        Interrupted: after SIGTERM, SIGINT or the end of the launcher, once a checkpoint is written.
     """
     interruption = Interruption()
     config = follow_launcher(config)
@@ -52,15 +51,19 @@ def train(config: TrainConfig) -> Path:
         run_steps(config, accelerator, run, interruption)
         if accelerator.is_main_process:
             write_report(run)
-    # The network is gone by now and its wrapper goes here: freed after the process group it talks through, it would
-    # wait, holding the interpreter's lock, for a thread that may be waiting for that lock.
+    # The wrapper of the network must be freed before the process group that it communicates through. Freed later, it
+    # would hold the interpreter's lock while it waits for a thread that may itself be waiting for that lock.
     accelerator.free_memory()
     accelerator.end_training()
     return run.pipeline
 
 
 def claim_folder(config: TrainConfig, run: Run, stack: ExitStack) -> None:
-    """Check the run folder, and keep others from training in it as long as the stack is open."""
+    """Check the run folder, and keep other processes from training in it as long as the stack is open.
+
+    Raises:
+        ValueError: where the folder must not be used, or another process trains in it.
+    """
     check_folder(config, run)
     stack.enter_context(run.locked())
     if config.resume:
@@ -68,7 +71,7 @@ def claim_folder(config: TrainConfig, run: Run, stack: ExitStack) -> None:
 
 
 def run_steps(config: TrainConfig, accelerator: Accelerator, run: Run, interruption: Interruption) -> None:
-    """All optimizer steps of a run, from the newest checkpoint on where it is resumed."""
+    """Take all optimizer steps of a run; a resumed run starts at its newest checkpoint."""
     device = accelerator.device
     data, held_out = load_training_images(config, accelerator)
     scheduler = make_scheduler(config)
@@ -83,7 +86,7 @@ def run_steps(config: TrainConfig, accelerator: Accelerator, run: Run, interrupt
 
     with interruption:
         if first and accelerator.is_main_process:
-            validation.show(state, first)  # what a kill between a checkpoint and its grids left out
+            validation.show(state, first)  # draws grids that are missing if the run was killed after this checkpoint
         for step in range(first, config.steps):  # Algorithm 1
             seen, probabilities = [], state.timesteps.probabilities(device)
             for part, draws in micro_batches(config, accelerator, probabilities, step, data.shape):
@@ -117,7 +120,11 @@ def run_steps(config: TrainConfig, accelerator: Accelerator, run: Run, interrupt
 def save(
     config: TrainConfig, state: TrainState, scheduler: DDPMScheduler, run: Run, step: int, interrupted: bool
 ) -> None:
-    """Write snapshots, pipeline and checkpoint where it is time for them, never from weights that are not finite."""
+    """Write the snapshots, the pipeline and the checkpoint that are due after `step` optimizer steps.
+
+    Raises:
+        CheckpointError: where the weights are not finite, or a file cannot be written.
+    """
     saving = interrupted or config.is_due(step, config.save_every)
     snapping = config.ema_sigma_rel and config.is_due(step, config.ema_snapshot_every or config.save_every)
     if saving or snapping:
@@ -126,14 +133,16 @@ def save(
         state.snapshot(run, step)
     if saving:
         run.save_pipeline(run.pipeline, DDPMPipeline(state.average.module, scheduler), step)
-        state.save(run, step)  # last of all: where it exists, so does the rest
+        state.save(run, step)  # last, so that where a checkpoint exists, the rest does too
 
 
 def load_training_images(config: TrainConfig, accelerator: Accelerator) -> tuple[ImageData | ImageStream, ImageData]:
-    """The images to train on, and those held out; on each machine one process reads them first and fills the caches.
+    """Return the images to train on and those held out.
+
+    On each machine one process reads them first and fills the caches for the others.
 
     Raises:
-        ValueError: where machines with disks of their own found other images than the main process.
+        ValueError: for data that cannot be read, or where this machine has other images than the main process.
     """
     load = stream_images if config.streaming else load_images
     with accelerator.local_main_process_first():

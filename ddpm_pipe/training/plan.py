@@ -1,4 +1,4 @@
-"""What is said and written before the first step: the plan, the config, and what differs from the run before."""
+"""What a run prints and writes before its first step: the plan, the config, and changes since it was last started."""
 
 import json
 import os
@@ -17,11 +17,11 @@ from ddpm_pipe.training.state import TrainState
 
 
 def check_folder(config: TrainConfig, run: Run) -> None:
-    """Refuse a run folder whose contents the config would mix with or delete.
+    """Check that training would neither mix with nor delete other contents of the run folder.
 
     Raises:
-        ValueError: where it holds a run and neither `resume` nor `overwrite` is set, or `overwrite` would delete what
-            is not a run, or the images to train on.
+        ValueError: where the folder holds a run and neither `resume` nor `overwrite` is set, or where `overwrite` would
+            delete the images to train on or something that is not a run.
     """
     if run.config.exists() and not (config.resume or config.overwrite):
         raise ValueError(f"output_dir={config.output_dir!r} holds a run; pass --resume, --overwrite or another folder.")
@@ -31,7 +31,7 @@ def check_folder(config: TrainConfig, run: Run) -> None:
 
 
 def print_changes(config: TrainConfig, run: Run) -> None:
-    """Say which choices differ from those the run was started with; from here on it is another run."""
+    """Print the settings that differ from those the run was started with, since they may change its results."""
     before = run.read_config() if run.config.exists() else {}
     for name, value in before.items():
         now = getattr(config, name, value)
@@ -40,7 +40,7 @@ def print_changes(config: TrainConfig, run: Run) -> None:
 
 
 def announce(config: TrainConfig, data: ImageData | ImageStream, state: TrainState, run: Run) -> None:
-    """Print the plan, and write it and the config into the run folder, now that nothing more speaks against them."""
+    """Print the plan, and write it and the config into the run folder, after all checks of the config have passed."""
     plan = make_plan(config, data, state)
     state.accelerator.print("\n".join([plan["data"], *data.notes(), plan["network"], plan["batches"]]))
     if state.accelerator.is_main_process:
@@ -51,7 +51,7 @@ def announce(config: TrainConfig, data: ImageData | ImageStream, state: TrainSta
 
 
 def make_plan(config: TrainConfig, data: ImageData | ImageStream, state: TrainState) -> dict[str, Any]:
-    """The plan of a run, as the model card shows it."""
+    """Return the plan of a run, as the model card shows it."""
     return {
         "data": data.summary(),
         "class_names": list(data.class_names) if config.class_conditional else [],
@@ -63,7 +63,7 @@ def make_plan(config: TrainConfig, data: ImageData | ImageStream, state: TrainSt
 
 
 def describe_device(device: torch.device) -> str:
-    """The name of a GPU, or the number and kind of CPU cores."""
+    """Return the name of a GPU, or the number and kind of CPU cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{os.cpu_count()} {platform.machine()} CPU cores"

@@ -1,4 +1,4 @@
-"""Averages of any length from the snapshots of a finished run, written as pipelines."""
+"""Rebuilding averages of any width from the snapshots of a run, and writing them as pipelines."""
 
 from pathlib import Path
 
@@ -15,10 +15,10 @@ from ddpm_pipe.training.ema import posthoc_coefficients
 
 
 def find_snapshots(run: Run) -> list[tuple[int, float, Path]]:
-    """(step, sigma_rel, file) of each snapshot of a run, by step.
+    """Return (step, sigma_rel, file) of each snapshot of a run, sorted by step.
 
     Raises:
-        ValueError: where there is none.
+        ValueError: where the run has no snapshots.
     """
     files = [(step, path) for step in run.steps(run.snapshots) for path in run.snapshot(step).glob("*.safetensors")]
     if not files:
@@ -27,10 +27,10 @@ def find_snapshots(run: Run) -> list[tuple[int, float, Path]]:
 
 
 def reconstruct(run: Run, sigma_rel: float, step: int | None = None) -> tuple[dict[str, Tensor], float]:
-    """The averaged weights of width `sigma_rel` at `step`, and the relative error of their profile.
+    """Return the averaged weights of width `sigma_rel` at `step`, and the relative L2 error of their profile.
 
     Raises:
-        ValueError: where the run has no snapshots up to `step`, or those of several networks.
+        ValueError: where the run has no snapshot at `step`, or its snapshots are of several networks.
         CheckpointError: where a snapshot is damaged or holds numbers that are not finite.
     """
     found = find_snapshots(run)
@@ -55,10 +55,10 @@ def reconstruct(run: Run, sigma_rel: float, step: int | None = None) -> tuple[di
 
 
 def read_snapshot(path: Path) -> dict[str, Tensor]:
-    """The weights of one snapshot.
+    """Load the weights of one snapshot.
 
     Raises:
-        CheckpointError: where it is damaged or holds numbers that are not finite.
+        CheckpointError: where the snapshot is damaged or holds numbers that are not finite.
     """
     try:
         weights = load_file(path)
@@ -70,11 +70,11 @@ def read_snapshot(path: Path) -> dict[str, Tensor]:
 
 
 def average(config: AverageConfig) -> list[Path]:
-    """Write the pipeline of each average into the run folder and print the error of its profile.
+    """Write the pipeline of each average into the run folder, print the error of its profile, and return the folders.
 
     Raises:
         ValueError: where the run has no pipeline, or one of another network than the snapshots.
-        CheckpointError: where a snapshot cannot be read or a pipeline not be written.
+        CheckpointError: where a snapshot cannot be read or a pipeline cannot be written.
     """
     run, written = Run(config.run), []
     step = find_snapshots(run)[-1][0] if config.step is None else config.step
@@ -85,7 +85,7 @@ def average(config: AverageConfig) -> list[Path]:
         pipeline = DDPMPipeline.from_pretrained(run.pipeline)
         if shapes(weights) != shapes(pipeline.unet.state_dict()):
             raise ValueError(f"the snapshots in {run.snapshots} are of another network than {run.pipeline}.")
-        settings = {key: value for key, value in pipeline.unet.config.items() if key[0] != "_"}  # not where it lay
+        settings = {key: value for key, value in pipeline.unet.config.items() if key[0] != "_"}  # omits its old path
         unet = type(pipeline.unet).from_config(settings)
         unet.load_state_dict(weights)
         folder = run.average(width)

@@ -1,4 +1,4 @@
-"""The network, the noise, the loss and the learning rate that follow from a config."""
+"""Building the network, the scheduler, the loss and the learning rate from a config."""
 
 import math
 from typing import Any, get_type_hints
@@ -19,7 +19,7 @@ from ddpm_pipe.training.config import LossConfig, ModelConfig, OptimConfig, Trai
 
 
 def lr_at(step: int, config: OptimConfig) -> float:
-    """The learning rate of optimizer step `step`, from 0: linear warm-up, then constant or a decay to 0."""
+    """Return the learning rate of step `step`, counted from 0: a linear warm-up, then constant or decaying to 0."""
     if step < config.lr_warmup_steps:
         return config.learning_rate * (step + 1) / config.lr_warmup_steps
     progress = (step - config.lr_warmup_steps) / max(1, config.steps - config.lr_warmup_steps)
@@ -28,10 +28,10 @@ def lr_at(step: int, config: OptimConfig) -> float:
 
 
 def make_unet(config: TrainConfig, data: ImageData | ImageStream) -> ModelMixin:
-    """The network of the config for these images: sizes, channels and classes follow from the data.
+    """Build the network of the config; the data determine its image size, channels and classes.
 
     Raises:
-        ValueError: for an unknown class or config key, or a size or number of channels that the data do not have.
+        ValueError: for an unknown class or config key, or a size, channels or classes that contradict the data.
     """
     options = dict(config.unet)
     name = options.pop("_class_name", "DDPMUNet2DModel")
@@ -39,7 +39,7 @@ def make_unet(config: TrainConfig, data: ImageData | ImageStream) -> ModelMixin:
     channels, height, width = data.shape
     expected = {"sample_size": height if height == width else (height, width), "in_channels": channels}
     expected["out_channels"] = channels * (1 + (config.variance_type in LEARNED_VARIANCES))
-    if config.class_conditional:  # a stock UNet2DModel has no null class of its own: one embedding more
+    if config.class_conditional:  # a stock UNet2DModel has no null class of its own and needs one more embedding
         expected["num_class_embeds"] = len(data.class_names) + (name == "UNet2DModel")
     options = _checked(NETWORKS[name], options)
     for key, value in options.items():
@@ -52,7 +52,7 @@ def make_unet(config: TrainConfig, data: ImageData | ImageStream) -> ModelMixin:
 
 
 def _checked(network: type[ModelMixin], options: dict[str, Any]) -> dict[str, Any]:
-    """Config keys of a network, as the types that its `__init__` asks for.
+    """Return the config keys of a network, converted to the types that its `__init__` declares.
 
     Raises:
         ValueError: for an unknown key or a value of another type.
@@ -77,7 +77,7 @@ def _check_stock_size(height: int, width: int, levels: int) -> None:
 
 
 def make_scheduler(config: ModelConfig) -> DDPMScheduler:
-    """The scheduler that trains and is saved."""
+    """Build the scheduler that adds noise in training and is saved with the pipeline."""
     return DDPMScheduler(
         num_train_timesteps=config.num_train_timesteps,
         beta_start=config.beta_start,
@@ -90,5 +90,5 @@ def make_scheduler(config: ModelConfig) -> DDPMScheduler:
 
 
 def make_objective(config: LossConfig, scheduler: DDPMScheduler) -> Objective:
-    """The loss that trains."""
+    """Build the training loss."""
     return Objective(scheduler, config.loss, config.loss_weight, config.loss_gamma, config.loss_k, config.vlb_weight)

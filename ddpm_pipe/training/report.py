@@ -1,4 +1,4 @@
-"""Plots of a run for a person to look at, drawn from its metrics."""
+"""Plots of the metrics of a run."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ def write_report(run: Run) -> Path:
     Raises:
         ValueError: where the run has no metrics.
     """
-    from matplotlib.figure import Figure  # heavy, and needed once at the end
+    from matplotlib.figure import Figure  # slow to import, and needed only once at the end
 
     entries = run.read_metrics()
     if not entries:

@@ -1,4 +1,4 @@
-"""What is trained: the network, its averages and the optimizer, stepped, saved and restored together."""
+"""The training state: the network, its averages and the optimizer, which are updated, saved and restored together."""
 
 import math
 from functools import partial
@@ -22,7 +22,17 @@ from ddpm_pipe.training.timestep_sampling import TIMESTEP_SAMPLERS
 
 
 class TrainState:
-    """The network, its averages, the optimizer and the timestep sampler: all that a checkpoint holds."""
+    """The network, its averages, the optimizer and the timestep sampler: all that a checkpoint holds.
+
+    Args:
+        config: the config of the run.
+        unet: the network to train.
+        accelerator: the processes and the device to train with.
+
+    Raises:
+        ValueError: where processes times accumulation steps do not divide batch_size, or the timestep sampling is
+            unknown.
+    """
 
     def __init__(self, config: TrainConfig, unet: ModelMixin, accelerator: Accelerator):
         parts = accelerator.num_processes * config.gradient_accumulation_steps
@@ -59,7 +69,7 @@ class TrainState:
         self.unet.train()
 
     def optimizer_step(self, step: int, seen: list[tuple[Tensor, Tensor]]) -> None:
-        """Clip and step, update the averages; a gradient that is not finite is skipped and counted.
+        """Clip the gradient, step the optimizer and update the averages; skip and count a gradient that is not finite.
 
         Args:
             step: optimizer steps done.
@@ -73,7 +83,7 @@ class TrainState:
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
         self.gradient_norm = float(norm)
         finite = math.isfinite(self.gradient_norm)
-        if finite or self.accelerator.scaler is not None:  # a loss scaler skips by itself, and adapts
+        if finite or self.accelerator.scaler is not None:  # a loss scaler skips such a step by itself, and adapts
             self.optimizer.step()
         self.optimizer.zero_grad()
         if not finite:
@@ -88,7 +98,11 @@ class TrainState:
             self.timesteps.update(t.long(), losses)
 
     def _check_bad_steps(self) -> None:
-        """Stop where nothing was learned for too long; to go back would be the same computation again."""
+        """Stop a run whose gradients stay not finite; going back to a checkpoint would repeat the same computation.
+
+        Raises:
+            ValueError: after `max_bad_steps` such steps in a row.
+        """
         if self.bad_steps >= self.config.max_bad_steps:
             raise ValueError(
                 f"{self.bad_steps} steps in a row had no finite gradient; what was saved before them is intact: resume "
@@ -96,7 +110,7 @@ class TrainState:
             )
 
     def _whole_batch(self, seen: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Timesteps and losses of the whole batch, (2, B), in its order whatever the number of processes."""
+        """Gather timesteps and losses, (2, B), in the order of the whole batch, whatever the number of processes."""
         mine = torch.stack([torch.stack([t.double(), losses.detach().double()]) for t, losses in seen])
         everyone = self.accelerator.gather(mine[None])  # (processes, accumulation steps, 2, n)
         return everyone.permute(2, 1, 0, 3).flatten(1)
@@ -104,7 +118,7 @@ class TrainState:
     # ------------------------------------------------------------ checkpoints
 
     def check_finite(self, step: int) -> None:
-        """Refuse to go on with weights that must not be saved or exported.
+        """Check that the weights are finite, so that no others are saved or exported.
 
         Raises:
             CheckpointError: where a weight of the network or of its averages is not finite.
@@ -112,16 +126,16 @@ class TrainState:
         models = [self.accelerator.unwrap_model(self.unet), self.average.module]
         models += [profile.module for profile in self.profiles.values()]
         finite = [torch.isfinite(p).all() for model in models for p in model.parameters()]
-        if not torch.stack(finite).all():  # all weights in one answer of the device
+        if not torch.stack(finite).all():  # a single transfer from the device for all weights
             raise CheckpointError(
                 f"the weights at step {step} are not finite and were not saved; earlier ones are intact."
             )
 
     def save(self, run: Run, step: int) -> None:
-        """Write a checkpoint of `step` optimizer steps.
+        """Write the checkpoint after `step` optimizer steps.
 
         Raises:
-            CheckpointError: where it cannot be written; earlier ones are intact.
+            CheckpointError: where the checkpoint cannot be written; earlier ones are intact.
         """
         unet = self.accelerator.unwrap_model(self.unet)
         weights = {"unet": unet.state_dict(), "ema": self.average.module.state_dict()}
@@ -139,7 +153,7 @@ class TrainState:
         """Write the power-function averages to `<run>/ema/step-*/<sigma_rel>.safetensors`, for `posthoc`.
 
         Raises:
-            CheckpointError: where they cannot be written.
+            CheckpointError: where the snapshots cannot be written.
         """
         profiles = {name: profile.module.state_dict() for name, profile in self.profiles.items()}
 
@@ -150,12 +164,13 @@ class TrainState:
         replace_folder(run.snapshot(step), write)
 
     def restore(self, run: Run) -> int:
-        """Load the newest checkpoint of the main process; return its number of optimizer steps, 0 where there is none.
+        """Load the newest checkpoint of the main process and return its optimizer steps, 0 where there is none.
 
-        All processes get what the main process reads: machines with disks of their own may hold other checkpoints.
+        All processes receive what the main process reads, because machines may hold checkpoints of their own.
 
         Raises:
-            ValueError: where it was made with another network or other averages.
+            ValueError: where the checkpoint has another network, other averages or another timestep sampling.
+            CheckpointError: where there are checkpoints, but none can be read.
         """
         loaded = from_main(Checkpoints(run).load)
         if loaded is None:
@@ -180,11 +195,11 @@ class TrainState:
         return step
 
     def metrics(self) -> dict[str, float]:
-        """What the log shows of the last step."""
+        """Return the values of the last step for the log."""
         return {"gradient_norm": self.gradient_norm, "skipped_steps": self.skipped}
 
     def describe_network(self) -> str:
-        """The network, the machine, and what was chosen for it, in a line of the plan."""
+        """Describe the network, the device and the options chosen for it in one line, for the plan."""
         device = self.accelerator.device.type
         device = f"{torch.get_num_threads()} CPU threads" if device == "cpu" else device
         precision = self.accelerator.mixed_precision
@@ -194,7 +209,7 @@ class TrainState:
         return f"{type(self.average.module).__name__} of {parameters:,} parameters on {device}: {', '.join(chosen)}"
 
     def describe_batches(self) -> str:
-        """The steps and how their batches are cut, in a line of the plan."""
+        """Describe the steps and how their batches are cut in one line, for the plan."""
         accumulation = self.config.gradient_accumulation_steps
         parts = f"{self.accelerator.num_processes} processes x {accumulation} accumulation steps"
         return f"{self.config.steps} steps of {self.config.batch_size} images ({parts})"

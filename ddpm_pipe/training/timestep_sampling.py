@@ -1,4 +1,4 @@
-"""Which timesteps are trained on: uniform, or more often where the loss is large."""
+"""Distributions of the training timesteps: uniform, or favouring timesteps with a large loss."""
 
 import torch
 from torch import Tensor
@@ -7,17 +7,21 @@ from ddpm_pipe.launch import to_device
 
 
 class UniformSampler:
-    """Every timestep equally often (DDPM, Algorithm 1, line 3)."""
+    """Draws every timestep equally often (DDPM, Algorithm 1, line 3).
+
+    Args:
+        steps: T.
+    """
 
     def __init__(self, steps: int):
         self.steps = steps
 
     def probabilities(self, device: torch.device | str = "cpu") -> Tensor:
-        """The probability of each timestep, float64 (T,) on a device."""
+        """Return the probability of each timestep, float64 (T,) on a device."""
         return torch.full((self.steps,), 1 / self.steps, dtype=torch.float64, device=device)
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Nothing to learn."""
+        """Do nothing: the uniform distribution does not depend on losses."""
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}
@@ -27,9 +31,9 @@ class UniformSampler:
 
 
 class LossSecondMomentSampler(UniformSampler):
-    """p_t proportional to sqrt(E[L_t^2]) over the last losses of each timestep (Improved DDPM, eq. 18).
+    """Draws t with p_t proportional to sqrt(E[L_t^2]) over the last losses of each timestep (Improved DDPM, eq. 18).
 
-    Uniform until each timestep has a full history; a share of 0.1 % stays uniform.
+    The distribution is uniform until every timestep has a full history. After that, a share of 0.1 % stays uniform.
 
     Args:
         steps: T.
@@ -48,7 +52,7 @@ class LossSecondMomentSampler(UniformSampler):
         return to_device(0.999 * weights / weights.sum() + 0.001 / self.steps, device)
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Remember the losses (B,) of timesteps (B,); the oldest of a timestep gives way."""
+        """Record the losses (B,) of timesteps (B,); a new loss replaces the oldest one of its timestep."""
         for step, loss in zip(t.tolist(), losses.double().tolist(), strict=True):
             self.losses[step, self.counts[step] % self.losses.shape[1]] = loss
             self.counts[step] += 1

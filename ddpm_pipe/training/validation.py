@@ -1,4 +1,4 @@
-"""What tells a healthy run from a sick one: sample grids and the loss on images held out."""
+"""Validation of a run in progress: sample grids, and the loss on held-out images."""
 
 import math
 from typing import Any
@@ -22,29 +22,31 @@ from ddpm_pipe.training.state import TrainState
 
 
 class Validation:
-    """Every `sample_every` steps: the loss of the average on images held out, and grids of both networks.
+    """Measures the loss of the average on held-out images and draws sample grids, every `sample_every` steps.
+
+    The grids show samples of the averaged and of the raw network.
 
     Args:
-        config: of the run.
+        config: the config of the run.
         objective: the loss.
-        held_out: the images that were kept out of training; may be none.
-        log: where the loss goes, and the run whose folder the grids are kept in.
+        held_out: the images kept out of training; may be empty.
+        log: the log that records the loss, and whose run folder receives the grids.
     """
 
     def __init__(self, config: TrainConfig, objective: Objective, held_out: ImageData, log: Log):
         self.config, self.objective, self.held_out, self.log = config, objective, held_out, log
 
     def show(self, state: TrainState, step: int) -> None:
-        """Log and draw what is due after `step` optimizer steps and not there yet.
+        """Log the loss and draw the grids if they are due after `step` optimizer steps and do not exist yet.
 
-        Where memory or the disk do not suffice, that is told and the run goes on.
+        A failure, such as a lack of memory or disk space, is printed and does not stop the run.
         """
         if not self.config.is_due(step, self.config.sample_every):
             return
         try:
             self._measure(state, step)
             self._draw(state, step)
-        except (ValueError, RuntimeError, MemoryError, OSError) as error:  # of torch, for no memory, a RuntimeError
+        except (ValueError, RuntimeError, MemoryError, OSError) as error:  # torch out of memory: RuntimeError
             reason = str(error).partition("\n")[0]
             print(f"the samples of step {step} could not be drawn ({reason}); the run goes on without them.")
 
@@ -68,7 +70,7 @@ class Validation:
 
 
 def draw_grids(config: TrainConfig, state: TrainState, objective: Objective) -> dict[str, Image.Image]:
-    """Grids of the averaged and of the raw network."""
+    """Draw sample grids of the averaged and of the raw network."""
     average = sample_grid(config, DDPMPipeline(state.average.module, objective.scheduler))
     unet = state.accelerator.unwrap_model(state.unet)
     unet.eval()
@@ -82,7 +84,7 @@ def draw_grids(config: TrainConfig, state: TrainState, objective: Objective) -> 
 def held_out_loss(
     config: TrainConfig, unet: ModelMixin, objective: Objective, data: ImageData, device: torch.device
 ) -> dict[str, float]:
-    """The loss on images held out, over all and by timestep, with the same timesteps and noise every time."""
+    """Return the mean loss on held-out images, overall and by timestep; timesteps and noise are the same every time."""
     draw = generator(config.seed, "health")
     t = torch.randint(config.num_train_timesteps, (len(data),), generator=draw).to(device)
     losses = []
@@ -96,7 +98,7 @@ def held_out_loss(
 
 
 def sample_grid(config: TrainConfig, pipeline: DDPMPipeline) -> Image.Image:
-    """A grid drawn with DDIM from the same noise each time; with classes, one column per class."""
+    """Draw a grid with DDIM from the same noise each time; with classes, the grid has one column per class."""
     unet, count = pipeline.unet, config.num_samples
     options: dict[str, Any] = {}
     columns = math.ceil(math.sqrt(count))
