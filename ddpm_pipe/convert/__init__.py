@@ -1,1 +1,1 @@
-"""Checkpoints of other projects, converted to pipelines of this package."""
+"""This package converts checkpoints of other projects to pipelines of ddpm_pipe."""

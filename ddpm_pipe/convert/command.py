@@ -1,7 +1,7 @@
 """The command that converts a checkpoint of another project to a pipeline of this package.
 
-The names in a checkpoint tell which project it is of: `FAMILIES` has a row for each. Files are read as plain tensors,
-and none of their code runs.
+The names in a checkpoint tell which project it comes from: `FAMILIES` has a row for each. Files are read as plain
+tensors, and none of their code runs.
 """
 
 import re
@@ -19,19 +19,19 @@ from ddpm_pipe.run.files import replace_folder
 from ddpm_pipe.weights import read_tensors
 
 FILE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
-"""How a source ends that must be a file, and cannot be an id of the Hub."""
+"""Suffixes of a source that must be a file and cannot be an id on the Hub."""
 
 
 class Family(Protocol):
-    """What the module of a project has."""
+    """What the module of each project provides."""
 
     MARK: str
     """Pattern of a name that only a state dict of the project has."""
     ASSUMED: str
-    """What neither the file nor a flag tells."""
+    """What a conversion assumes, because neither the file nor a flag tells it."""
 
     def pipeline(self, weights: Weights, loaded: Any, config: ConvertConfig) -> DDPMPipeline:
-        """Make the pipeline of a state dict, which is that of `loaded`, all that the file holds."""
+        """Make the pipeline of a state dict; `loaded` is all that its file holds."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -39,25 +39,25 @@ FAMILIES: dict[str, Family] = {
     "improved-diffusion or guided-diffusion": improved,
     "DDPM's PyTorch ports": ho,
 }
-"""What a project is called -> its module."""
+"""Name of a project -> its module."""
 
 CONTAINERS = (lucidrains.saved_weights, ho.saved_weights)
-"""What finds the weights and their average where a training script saved more than one state dict."""
+"""Functions that find the weights and their average where a training script saved more than one state dict."""
 
 
 def _state_dict(loaded: Any, which: str | None) -> dict[str, Tensor]:
-    """Choose one set of weights of what a training script saved.
+    """Choose one set of weights from what a training script saved.
 
     Args:
         loaded: all that the file holds.
         which: "ema" for the average, "raw" for the weights themselves, None for the average where the file has one.
 
     Returns:
-        The state dict without the prefix that training on several devices puts before each name, and without all that
-        is no tensor; it is empty where the file holds no weights.
+        The tensors of the state dict, without the prefix that training on several devices puts before each name; it is
+        empty where the file holds no weights.
 
     Raises:
-        ValueError: where the average is asked for and the file has none.
+        ValueError: where the user asks for the average and the file has none.
     """
     found = (weights for container in CONTAINERS if (weights := container(loaded)) is not None)
     raw, average = next(found, (loaded, None))
@@ -70,13 +70,13 @@ def _state_dict(loaded: Any, which: str | None) -> dict[str, Tensor]:
 
 
 def _convert_file(path: Path, config: ConvertConfig) -> tuple[str, DDPMPipeline]:
-    """Recognise the project that a file is of, and convert it.
+    """Recognise the project that a file comes from, and convert it.
 
     Returns:
         The key of `FAMILIES`, and the pipeline.
 
     Raises:
-        ValueError: for a file that cannot be read, is of no project that we know, or cannot be converted, saying why.
+        ValueError: for a file that cannot be read, comes from no known project, or cannot be converted, saying why.
     """
     try:
         loaded = read_tensors(path)
@@ -89,7 +89,7 @@ def _convert_file(path: Path, config: ConvertConfig) -> tuple[str, DDPMPipeline]
                 return name, family.pipeline(weights, loaded, config)
             except KeyError as error:
                 raise ValueError(f"the checkpoint lacks the weight {error}.") from error
-            except (IndexError, TypeError, RuntimeError) as error:  # from tensors that have not even the usual axes
+            except (IndexError, TypeError, RuntimeError) as error:  # tensors may lack even the usual axes
                 raise ValueError(
                     f"the checkpoint has a tensor of a shape that none of {name} has ({error})."
                 ) from error
@@ -100,7 +100,7 @@ def convert(config: ConvertConfig) -> DDPMPipeline:
     """Convert a checkpoint, write its pipeline to a new folder and print what the checkpoint was.
 
     Raises:
-        ValueError: for an unknown file, an option that cannot be converted or a setting that is missing, naming it.
+        ValueError: for an unknown file, an option that cannot be converted or a missing setting, naming it.
     """
     if not config.output_dir:
         raise ValueError("output_dir='' must name a folder.")

@@ -1,4 +1,4 @@
-"""What is converted, and what its file does not say."""
+"""The config of `convert`: what is converted, and the settings that its file does not tell."""
 
 from typing import Any, Literal
 
@@ -19,39 +19,39 @@ class ConvertConfig(Config):
     output_dir: Place
     """a new folder for the pipeline"""
     image_size: Size | None = None
-    """size, or height and width, of the images; needed for files"""
+    """size, or height and width, of the images in pixels; needed for files"""
     weights: Literal["ema", "raw"] | None = None
-    """which weights of the file: ema, the average, or raw; the average if not given, where there is one"""
+    """which weights of the file to take: ema, the average, or raw; if not given, the average where the file has one"""
     objective: Literal["pred_noise", "pred_x0", "pred_v"] | None = None
-    """what the network predicts; the file of denoising-diffusion-pytorch 1.5 and later tells it"""
+    """what the network predicts; a file of denoising-diffusion-pytorch 1.5 or later tells it"""
     version: str | None = None
-    """version of denoising-diffusion-pytorch, where the file is from before 1.8 and lacks it"""
+    """version of denoising-diffusion-pytorch; needed where it is older than 1.8 and the file does not tell it"""
     sinusoidal_pos_emb_theta: Float | None = None
-    """of denoising-diffusion-pytorch, where the network was made with another than 10000"""
+    """theta of the time embedding of denoising-diffusion-pytorch, where it is not 10000"""
     auto_normalize: bool = True
-    """of denoising-diffusion-pytorch: whether images were brought to [-1, 1]"""
+    """whether denoising-diffusion-pytorch scaled the images to [-1, 1] in training"""
     num_heads: PositiveInt | None = None
-    """attention heads, where the shapes do not tell"""
+    """number of attention heads, where the shapes do not tell it"""
     head_dim: PositiveInt | None = None
-    """num_head_channels of guided-diffusion"""
+    """width of an attention head, which guided-diffusion calls num_head_channels"""
     norm_num_groups: PositiveInt | None = None
-    """groups of a GroupNorm, where there are not the usual ones"""
+    """number of groups of a GroupNorm, where it is not the usual one of the project"""
     timesteps: PositiveInt | None = None
-    """T; needed where the file has weights only"""
+    """number of timesteps T; needed where the file holds weights only"""
     beta_schedule: Literal["linear", "cosine"] | None = None
-    """needed where the file has weights only"""
+    """noise schedule; needed where the file holds weights only"""
     variance_type: Literal["fixed_large", "fixed_small"] = "fixed_large"
-    """variance of the sampler, of a file that has weights only"""
+    """variance of the sampler, where the file holds weights only"""
     rescale_timesteps: bool = False
-    """of improved-diffusion: the network is shown t * 1000 / T"""
+    """whether improved-diffusion gave the network t * 1000 / T instead of t"""
     new_attention_order: bool = False
-    """use_new_attention_order of guided-diffusion"""
+    """whether guided-diffusion made the network with use_new_attention_order"""
 
     def needed(self, name: str) -> Any:
-        """A value that the file does not tell.
+        """Return a setting that the file does not tell.
 
         Raises:
-            ValueError: where it is not given.
+            ValueError: where the user has not given it.
         """
         value = getattr(self, name)
         if value is None:
@@ -62,6 +62,6 @@ class ConvertConfig(Config):
 
     @property
     def sample_size(self) -> int | tuple[int, int]:
-        """`image_size`, as a network's config has it."""
+        """`image_size` in the form of a network's config."""
         size = self.needed("image_size")
         return size[0] if len(size) == 1 else tuple(size)

@@ -1,4 +1,4 @@
-"""The PyTorch ports of DDPM (Ho et al. 2020), DDIM's among them, converted to pipelines of this package.
+"""Convert the PyTorch ports of DDPM (Ho et al. 2020), including that of DDIM, to pipelines of this package.
 
 Their files hold the weights only, so the user says which noise and which objective the network was trained with. The
 network is a UNet2DModel of diffusers.
@@ -16,7 +16,7 @@ MARK = r"down\.0\.block\.0\.conv1\.weight"
 """Pattern of a name that only the state dict of such a port has."""
 
 ASSUMED = "nothing else"
-"""What neither the file nor a flag tells."""
+"""What the conversion assumes, because neither the file nor a flag tells it."""
 
 # ---------------------------------------------------------------- the file
 
@@ -46,19 +46,21 @@ _PARTS = {
     "mid.attn_1.": "mid_block.attentions.0.",
     "mid.block_2.": "mid_block.resnets.1.",
 }
-"""Where a part outside the levels begins -> where that of UNet2DModel does."""
+"""How the names of a part outside the levels begin -> how they begin in UNet2DModel."""
 
 _BLOCK_NAMES = [
     (r"\.temb_proj\.", ".time_emb_proj."),
     (r"\.nin_shortcut\.", ".conv_shortcut."),
     (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
 ]
-"""How the parts of a block are named in UNet2DModel, besides those that `stock_names` knows."""
+"""Rules that rename the parts of a block to those of UNet2DModel, besides those that `stock_names` has."""
 
 
 def _prefixes(weights: Weights) -> dict[str, str]:
-    """Where each part begins -> where that of UNet2DModel does, which counts the levels on the way up from the other
-    end."""
+    """Map how the names of each part begin to how they begin in UNet2DModel.
+
+    On the way up, UNet2DModel counts the levels from the other end.
+    """
     prefixes = dict(_PARTS)
     levels = count(weights, r"down\.(\d+)\.")
     for i in range(levels):
@@ -99,7 +101,7 @@ def pipeline(weights: Weights, loaded: Any, config: ConvertConfig) -> DDPMPipeli
 
     Args:
         weights: the state dict of its Model.
-        loaded: all that the file holds; nothing in it but the weights is of use.
+        loaded: all that the file holds, which is not used.
         config: what the user says of the checkpoint.
 
     Raises:

@@ -1,7 +1,7 @@
-"""improved-diffusion and guided-diffusion (Nichol & Dhariwal 2021), converted to pipelines of this package.
+"""Convert improved-diffusion and guided-diffusion (Nichol & Dhariwal 2021) to pipelines of this package.
 
-Their files hold one set of weights each, the raw ones or an average, and nothing of the noise and the objective that
-the network was trained with, so the user says these. The network is a UNet2DModel of diffusers.
+Each of their files holds one set of weights, the raw ones or an average. It does not tell the noise and the objective
+that the network was trained with, so the user says these. The network is a UNet2DModel of diffusers.
 """
 
 import re
@@ -20,7 +20,7 @@ MARK = r"input_blocks\.0\.0\.weight"
 """Pattern of a name that only the state dict of these projects has."""
 
 ASSUMED = "num_heads_upsample as num_heads"
-"""What neither the file nor a flag tells."""
+"""What the conversion assumes, because neither the file nor a flag tells it."""
 
 # ---------------------------------------------------------------- names
 
@@ -35,7 +35,7 @@ _PARTS = {
     "out.0.": "conv_norm_out.",
     "out.2.": "conv_out.",
 }
-"""Where a part outside the levels begins -> where that of UNet2DModel does."""
+"""How the names of a part outside the levels begin -> how they begin in UNet2DModel."""
 
 _BLOCK_NAMES = [
     (r"\.in_layers\.0\.", ".norm1."),
@@ -46,21 +46,21 @@ _BLOCK_NAMES = [
     (r"\.skip_connection\.", ".conv_shortcut."),
     (r"(downsamplers\.0)\.op\.", r"\1.conv."),
 ]
-"""How the parts of a block are named in UNet2DModel, besides those that `stock_names` knows."""
+"""Rules that rename the parts of a block to those of UNet2DModel, besides those that `stock_names` has."""
 
 _PLAIN_BLOCKS = {
     "conv": ("DownBlock2D", "UpBlock2D"),
     "resnet": ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"),
 }
-"""How levels change the resolution -> UNet2DModel's types of a block without attention, down and up."""
+"""How levels change the resolution -> the types of UNet2DModel's blocks without attention, down and up."""
 
 
 def _prefixes(weights: Weights) -> tuple[dict[str, str], str]:
-    """Find the levels, which these projects do not name: they number all blocks of the network in one row.
+    """Find the levels, which these projects do not name: they number all blocks of the network in one sequence.
 
     Returns:
-        Where each part begins -> where that of UNet2DModel does; and how levels change the resolution, by a
-        convolution, "conv", or by a ResNet block, "resnet".
+        How the names of each part begin -> how they begin in UNet2DModel; and how levels change the resolution, "conv"
+        for a convolution or "resnet" for a ResNet block.
 
     Raises:
         ValueError: for levels that UNet2DModel cannot express.
@@ -73,7 +73,7 @@ def _prefixes(weights: Weights) -> tuple[dict[str, str], str]:
         for side in ("in", "out")
     )
     levels = len(upsamplers) + 1
-    per_level = len(outputs) // levels  # ResNet blocks on the way up; one less and a downsampler on the way down
+    per_level = len(outputs) // levels  # ResNet blocks on the way up; one fewer and a downsampler on the way down
     if outputs != set(range(levels * per_level)) or inputs != outputs:
         raise ValueError("levels of several depths or resampled without weights (conv_resample) cannot be converted.")
     prefixes = dict(_PARTS)
@@ -124,8 +124,8 @@ def _split_qkv(ours: Weights, head_dim: int, new_attention_order: bool) -> dict[
     Args:
         ours: the renamed weights.
         head_dim: width of a head.
-        new_attention_order: whether the matrix has the queries of all heads, then their keys, then their values, or
-            the three of one head after those of the other.
+        new_attention_order: whether the matrix holds the queries of all heads, then their keys, then their values;
+            otherwise it holds the queries, keys and values of one head after those of another.
     """
     split = {}
     for name, tensor in ours.items():
@@ -177,7 +177,7 @@ def pipeline(weights: Weights, loaded: Any, config: ConvertConfig) -> DDPMPipeli
 
     Args:
         weights: the state dict of a UNetModel.
-        loaded: all that the file holds, which is no more than the weights.
+        loaded: all that the file holds, which is not used.
         config: what the user says of the checkpoint.
 
     Raises:

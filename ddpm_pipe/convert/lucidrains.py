@@ -1,7 +1,7 @@
-"""denoising-diffusion-pytorch of Phil Wang (lucidrains), converted to pipelines of this package.
+"""Convert denoising-diffusion-pytorch of Phil Wang (lucidrains) to pipelines of this package.
 
-Its GaussianDiffusion saves the betas and the weights of the loss beside the network, so that a file tells the noise and
-mostly the objective too. The network is a `DDPMUNet2DModel`: the reference implementation, which that class re-creates,
+Its GaussianDiffusion saves the betas and the weights of the loss beside the network, so a file tells the noise and
+usually the objective too. The network is a `DDPMUNet2DModel`: that class re-creates the reference implementation, which
 has the same network under the same names.
 """
 
@@ -25,7 +25,7 @@ MARK = r"(model\.)?init_conv\.weight"
 """Pattern of a name that only the state dict of this project has: of its GaussianDiffusion, or of its Unet alone."""
 
 ASSUMED = "auto_normalize=True and, unless given, sinusoidal_pos_emb_theta=10000"
-"""What neither the file nor a flag tells."""
+"""What the conversion assumes, because neither the file nor a flag tells it."""
 
 # ---------------------------------------------------------------- the file
 
@@ -73,18 +73,18 @@ _NAMES = [
     (r"\.fn\.fn\.", ".attention."),
     (r"\.fn\.norm\.g$", ".norm.weight"),
 ]
-"""Rules that bring a name of any version of the project, or of the reference implementation, to ours."""
+"""Rules that turn a name of any version of the project, or of the reference implementation, into ours."""
 
 _OURS = ("conv_", "resnet_out.", "time_", "mid_resnet_", "mid_attention.", "down_blocks.", "up_blocks.")
 """How the names of a `DDPMUNet2DModel` begin."""
 
 
 def from_reference(state_dict: Weights) -> dict[str, Tensor]:
-    """Bring weights of this project, or of the reference implementation, under the names of `DDPMUNet2DModel`.
+    """Rename weights of this project, or of the reference implementation, to the names of `DDPMUNet2DModel`.
 
     Args:
-        state_dict: of a Unet, each tensor in PyTorch's layout. A norm may call its weights weight and bias, gamma and
-            beta as MindSpore does, or g.
+        state_dict: the weights of a Unet, each in PyTorch's layout. A norm may call its weights weight and bias, gamma
+            and beta as MindSpore does, or g.
 
     Raises:
         ValueError: for a name that no rule maps, naming it.
@@ -113,15 +113,15 @@ _VERSIONS = {
     (1, 7, 2): ("rms", False, "linear"),
     (1, 7, 4): ("rms", False, "linear_sum"),
 }
-"""First version that has them -> the norm of attention, whether filters are standardised, and the kind of linear
-attention. Neither names nor shapes tell these."""
+"""First version of a kind of network -> its norm of attention, whether its filters are standardised, and its kind of
+linear attention. Neither names nor shapes tell these."""
 
 
 def _version_traits(weights: Weights, version: str | None) -> tuple[str, bool, str]:
-    """Find the row of `_VERSIONS` that the network follows; from 1.8 on its names tell that it is the last.
+    """Find the row of `_VERSIONS` that the network follows; the names of 1.8 and later tell that it is the last.
 
     Raises:
-        ValueError: where the version is needed and is none, or is one that cannot be converted.
+        ValueError: where the version is needed but missing or malformed, or is one that cannot be converted.
     """
     if not any(".fn.fn." in name for name in weights):  # 1.8 or later
         return _VERSIONS[1, 7, 4]
@@ -139,15 +139,15 @@ def _version_traits(weights: Weights, version: str | None) -> tuple[str, bool, s
 
 
 def _heads(ours: Weights, attention: str, num_heads: int | None) -> tuple[int, int]:
-    """Find how many heads an attention has and how wide they are, from its learned keys or as the user says.
+    """Find how many heads an attention has and how wide they are, from its learned keys or from what the user says.
 
     Args:
         ours: the renamed weights.
         attention: how the names of the attention begin.
-        num_heads: as the user gives it; the learned keys, where there are any, tell better.
+        num_heads: what the user gives; it is ignored where there are learned keys.
 
     Raises:
-        ValueError: where the number is needed, or does not divide the channels.
+        ValueError: where the number is needed and not given, or does not divide the channels.
     """
     hidden = ours[f"{attention}.to_out.weight"].shape[1]
     if f"{attention}.mem_kv" in ours:
@@ -166,12 +166,12 @@ def _heads(ours: Weights, attention: str, num_heads: int | None) -> tuple[int, i
 def _time_options(ours: Weights, theta: float | None) -> dict[str, Any]:
     """Find how the network embeds the time.
 
-    Fourier features are weights of the file. Whether they were learned or stayed random nothing tells, and it makes no
-    difference to the images; they are marked as learned.
+    Fourier features are weights of the file. Nothing tells whether they were learned or stayed random, which makes no
+    difference to the images; we mark them as learned.
 
     Args:
         ours: the renamed weights.
-        theta: `sinusoidal_pos_emb_theta` as the user gives it, 10000 where not.
+        theta: `sinusoidal_pos_emb_theta` as the user gives it; None means 10000.
 
     Raises:
         ValueError: for a theta where the network has Fourier features, which do not use it.
@@ -189,7 +189,7 @@ def _shape_options(ours: Weights, num_heads: int | None, linear: str) -> dict[st
 
     Args:
         ours: the renamed weights.
-        num_heads: of every attention, where there are no learned keys to tell it.
+        num_heads: number of heads of every attention, where there are no learned keys to tell it.
         linear: the kind of attention that ends in a norm, "linear" or "linear_sum"; the other kind is full attention.
     """
     levels = range(count(ours, r"down_blocks\.(\d+)\."))
@@ -218,7 +218,7 @@ def _network(weights: Weights, version: str | None, config: ConvertConfig) -> Mo
 
     Args:
         weights: the state dict of the Unet.
-        version: of the project; needed for networks from before 1.8.
+        version: version of the project; needed for networks from before 1.8.
         config: what the user says of the checkpoint.
 
     Raises:
@@ -243,11 +243,11 @@ def _network(weights: Weights, version: str | None, config: ConvertConfig) -> Mo
 
 
 def _objectives_of(loss_weight: Tensor, alpha_bar: Tensor) -> list[str]:
-    """List the objectives that may have these weights of the loss: an objective's own factor of min(snr, gamma).
+    """List the objectives whose loss may have these weights: min(snr, gamma) times the factor of the objective.
 
     Args:
-        loss_weight: shape (T,); gamma is its largest snr where it is clipped, and infinite where it is not.
-        alpha_bar: shape (T,).
+        loss_weight: weights of the loss, (T,); gamma is infinite where the project did not clip the snr.
+        alpha_bar: the noise schedule, (T,).
     """
     ratio = snr(alpha_bar)
     factors = {"pred_noise": 1 / ratio, "pred_x0": torch.ones_like(ratio), "pred_v": 1 / (ratio + 1)}
@@ -256,7 +256,7 @@ def _objectives_of(loss_weight: Tensor, alpha_bar: Tensor) -> list[str]:
 
 
 def _objective(buffers: Weights, given: str | None, learned: bool) -> str:
-    """Find what the network predicts, from the weights of the loss in the file or as the user says.
+    """Find what the network predicts, from the weights of the loss in the file or from what the user says.
 
     Args:
         buffers: the tensors of the GaussianDiffusion itself.
@@ -281,13 +281,14 @@ def _objective(buffers: Weights, given: str | None, learned: bool) -> str:
 
 
 def _scheduler(buffers: Weights, objective: str | None, learned: bool) -> DDPMScheduler:
-    """Make the scheduler that draws as GaussianDiffusion does: it clips x0, and has the posterior's variance or that
-    which the network predicts.
+    """Make the scheduler that draws as GaussianDiffusion does.
+
+    It clips x0, and has the variance of the posterior or the one that the network predicts.
 
     Args:
-        buffers: the tensors of the GaussianDiffusion itself. Its betas are saved by the name of their schedule where we
-            have one that gives them, and as a list otherwise.
-        objective: what the user says that the network predicts, None for nothing.
+        buffers: the tensors of the GaussianDiffusion itself. Where one of our schedules gives its betas, the scheduler
+            names that schedule; otherwise it lists the betas.
+        objective: what the network predicts, as the user says; None for nothing.
         learned: whether the network predicts the variance too.
     """
     told = _objective(buffers, objective, learned)

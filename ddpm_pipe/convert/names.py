@@ -1,6 +1,6 @@
 """What the conversions share: they rename weights, make a UNet2DModel of them, and ask for what the file does not tell.
 
-A module of a project takes from here what it has in common with others, and says itself only what is its own.
+The module of each project contains only what differs from the other projects.
 """
 
 import re
@@ -32,10 +32,10 @@ def rename(name: str, rules: Rules) -> str:
 
 
 def refuse(weights: Weights, unsupported: Mapping[str, str]) -> None:
-    """Refuse weights of which a name shows that the network was made with an option that we cannot express.
+    """Refuse weights if one of their names shows that the network has an option that we cannot express.
 
     Args:
-        weights: of the other project, under its names.
+        weights: weights of the other project, under its names.
         unsupported: pattern of a name -> the option that has such a weight, in words.
 
     Raises:
@@ -58,20 +58,20 @@ _ATTENTION_NAMES = [
     (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
     (r"\.proj_out\.", ".to_out.0."),
 ]
-"""How an attention of improved-diffusion and of DDPM's ports is named in UNet2DModel."""
+"""Rules that rename an attention of improved-diffusion or of DDPM's ports to the names of UNet2DModel."""
 
 
 def stock_names(weights: Weights, prefixes: Mapping[str, str], rules: Rules) -> dict[str, Tensor]:
-    """Bring weights under the names of UNet2DModel.
+    """Rename weights to the names of UNet2DModel.
 
     Args:
-        weights: of the other project, under its names.
-        prefixes: where a part of its network begins -> where that part of UNet2DModel does, as "mid.attn_1." ->
-            "mid_block.attentions.0.".
-        rules: for the names inside a block, besides those of attention that all projects share.
+        weights: weights of the other project, under its names.
+        prefixes: how the names of a part of its network begin -> how they begin in UNet2DModel, such as
+            "mid.attn_1." -> "mid_block.attentions.0.".
+        rules: rules for the names inside a block, besides those of attention that all projects share.
 
     Returns:
-        The renamed weights; the projections of an attention, which are 1x1 convolutions elsewhere, are matrices.
+        The renamed weights; the projections of an attention are matrices, where other projects have 1x1 convolutions.
 
     Raises:
         ValueError: for a weight that none of the prefixes fits.

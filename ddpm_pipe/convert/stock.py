@@ -1,7 +1,7 @@
-"""Pipelines of diffusers, from a folder or the Hub, converted to pipelines of this package.
+"""Convert pipelines of diffusers, from a folder or the Hub, to pipelines of this package.
 
-A stock DDPM or DDIM pipeline gets the schedulers of this package. Weights may be pickled, as those of google/ddpm-*
-are: `DDPMPipeline.from_pretrained` refuses them, and here they are read as plain tensors.
+A stock DDPM or DDIM pipeline gets the schedulers of this package. Its weights may be pickled, as those of google/ddpm-*
+are: `DDPMPipeline.from_pretrained` refuses such files, and this module reads them as plain tensors.
 """
 
 from pathlib import Path
@@ -14,12 +14,12 @@ from ddpm_pipe.weights import STEM, from_config, load_network, weight_files
 
 
 def _part(folder: Path, name: str) -> Path:
-    """The folder of a part of the pipeline: its own or, as in google/ddpm-*, that of the pipeline itself."""
+    """Return the folder of a part of the pipeline: its own or, as in google/ddpm-*, that of the pipeline itself."""
     return folder / name if (folder / name).is_dir() else folder
 
 
 def _fetch(source: str) -> Path:
-    """Download the configs and weights of a repository, the pickled ones only where it has no others.
+    """Download the configs and weights of a repository; pickled weights are downloaded only where it has no others.
 
     Returns:
         The folder of the cache that holds them.
@@ -45,11 +45,11 @@ def pipeline(source: str) -> DDPMPipeline:
     """Make the pipeline of a folder or of a repository on the Hub.
 
     Args:
-        source: path of the folder or id of the repository; of diffusers' pipelines those with a DDPM or DDIM scheduler
-            can be converted, of this package's all.
+        source: path of the folder or id of the repository. It may hold any pipeline of this package, or one of
+            diffusers with a DDPM or DDIM scheduler.
 
     Raises:
-        ValueError: where it is neither, or holds anything but such a pipeline, naming it.
+        ValueError: where the source is neither, or does not hold such a pipeline; the message names it.
     """
     folder = Path(source) if Path(source).is_dir() else _fetch(source)
     network_class, scheduler_class = read_index(folder)

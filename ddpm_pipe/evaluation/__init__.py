@@ -1,1 +1,1 @@
-"""How good a model is, with the protocol of each number."""
+"""This package measures how good a model is, and records how each number was measured."""

@@ -1,4 +1,4 @@
-"""Bits per dimension: the variational bound of real images under a model."""
+"""Measure bits per dimension: the variational bound (DDPM eq. 5) of real images under a model."""
 
 from collections.abc import Callable
 
@@ -19,8 +19,11 @@ from ddpm_pipe.schedulers import DDPMScheduler
 
 
 def denoiser(pipeline: PixelDiffusionPipeline, labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """The network of the bound: (x_t, t (B,)) -> output. A self-conditioned one is asked twice, the second time with
-    its own first answer, so that what it does depends on x_t alone."""
+    """Return the network as the bound takes it: (x_t (B, C, H, W), t (B,)) -> output.
+
+    A self-conditioned network is called twice, the second time with its own first estimate of x0, so that its output
+    depends on x_t and t alone.
+    """
 
     network = pipeline.denoiser(labels)
 
@@ -39,7 +42,8 @@ def check_bound(config: EvaluateConfig, pipeline: PixelDiffusionPipeline, data: 
     """Check that the bound of these images can be computed.
 
     Raises:
-        ValueError: where the chain of the model has not as many terms, or the network not these labels.
+        ValueError: where the chain of the model has fewer terms than the config asks for, or the network does not have
+            the labels of the images.
     """
     last = pipeline.scheduler.config.num_train_timesteps - 1
     if not 1 <= config.bits_terms <= last:
@@ -50,7 +54,7 @@ def check_bound(config: EvaluateConfig, pipeline: PixelDiffusionPipeline, data: 
 def measure_bits(
     config: EvaluateConfig, pipeline: PixelDiffusionPipeline, data: ImageData, state: PartialState
 ) -> Metric:
-    """The variational bound on the bits per dimension of real images, its standard error over them, and its terms."""
+    """Measure the variational bound on the bits per dimension of real images, with its standard error and its terms."""
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     bound = bound_of_images(config, PixelDiffusionPipeline(pipeline.unet, scheduler), data, state)
     terms = {name: term.mean().item() for name, term in bound._asdict().items()}
@@ -67,7 +71,10 @@ def measure_bits(
 def bound_of_images(
     config: EvaluateConfig, pipeline: PixelDiffusionPipeline, data: ImageData, state: PartialState
 ) -> Bound:
-    """The bound of the first images of `data`, whose batches the processes share; all of it for each, in float64."""
+    """Compute the bound of the first `config.bits_images` images of `data`, in float64.
+
+    The processes share the batches, and every process gets the whole bound.
+    """
     parts = []
     for start in range(0, config.bits_images, config.batch_size)[state.process_index :: state.num_processes]:
         images, labels = data.take(torch.arange(start, min(start + config.batch_size, config.bits_images)))

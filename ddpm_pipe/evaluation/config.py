@@ -1,4 +1,4 @@
-"""What is measured of which model."""
+"""The config of `evaluate`: what is measured, and of which model."""
 
 import itertools
 from typing import Annotated, Any, Self
@@ -9,7 +9,7 @@ from ddpm_pipe.config import NonNegativeInt, Place, PositiveInt
 from ddpm_pipe.sampling.config import SampleConfig, parse_seeds
 
 MIN_COUNT = 20
-"""Generated images below which nothing is measured: the Inception score has 10 parts of at least two images."""
+"""Fewest images that can be measured: the Inception score needs 10 parts of at least two images."""
 
 SWEPT: dict[str, type] = {"steps": int, "eta": float, "guidance_scale": float} | dict.fromkeys(
     ("model", "revision", "dtype", "scheduler", "class_labels"), str
@@ -23,25 +23,26 @@ class EvaluateConfig(SampleConfig):
     data: Place
     """real images: a folder, a parquet or arrow file, or the id of a dataset on the Hub"""
     train_split: str = "train"
-    """split of the training images, which samples are compared with"""
+    """split of the training images, with which the generated images are compared"""
     test_split: str = "test"
-    """split of the images held out, for bits per dimension and neighbours"""
+    """split of the held-out images, for bits per dimension and neighbours"""
     output_dir: Place | None = None
-    """folder of evaluation.json and pictures; the pipeline folder that is measured if not given"""
+    """folder for evaluation.json and the pictures; the pipeline folder that is measured if not given"""
     num_images: NonNegativeInt = 50_000
-    """generated images, of the seeds from 0; 0 for none"""
+    """number of generated images, whose seeds count up from 0; 0 draws none"""
     seeds: str | None = None
-    """seeds of the generated images instead, as 50000-99999: other seeds give another sample of the FID"""
+    """seeds of the generated images in place of num_images, such as 50000-99999; another set gives another FID"""
     features: str = "inception"
-    """inception, or a file of TorchScript or an exported program: a program that is run here, so one that you trust"""
+    """inception, or a file of TorchScript or an exported program; it is a program that is run here, so give only one
+    that you trust"""
     bits_images: NonNegativeInt = 0
-    """real images whose bits per dimension are measured; 0 for none"""
+    """number of real images whose bits per dimension are measured; 0 measures none"""
     bits_terms: PositiveInt = 100
-    """terms of the bound computed for each of them, of T - 1"""
+    """how many of the T - 1 terms of the bound are computed for each of these images"""
     neighbours: NonNegativeInt = 0
-    """generated images shown with their nearest training images; 0 for none"""
+    """number of generated images that are shown with their nearest training images; 0 shows none"""
     sweep: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = []
-    """values of options to measure one after another: steps=10,20,50 eta=0,1 model=a,b"""
+    """option values, each combination of which is measured, such as steps=10,20,50 eta=0,1 model=a,b"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -68,14 +69,14 @@ class EvaluateConfig(SampleConfig):
 
     @property
     def described_seeds(self) -> str:
-        """The seeds, as a protocol names them."""
+        """The seeds as a protocol writes them."""
         return f"0-{self.num_images - 1}" if self.seeds is None else self.seeds
 
     def points(self) -> list[dict[str, Any]]:
-        """The settings of the sweep, one dict of changed options for each; a single empty one without a sweep.
+        """Return the settings of the sweep, each a dict of changed options; a single empty dict without a sweep.
 
         Raises:
-            ValueError: for an option that does not belong to sampling, or a value that is not one of it.
+            ValueError: for an option that `SWEPT` does not hold, or a value that is not of the option's type.
         """
         axes = []
         for text in self.sweep:

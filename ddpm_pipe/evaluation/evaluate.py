@@ -1,7 +1,8 @@
-"""How good a model is: distances of its images to real ones, bits per dimension, nearest training images; in one JSON.
+"""Measure how good a model is, and write all results to evaluation.json.
 
-Every number carries its protocol: the model by the hash of its weights, the sampler, the seeds, the reference and the
-versions of what computed it.
+The results are distances of generated images to real ones, bits per dimension, and nearest training images. Every
+number carries its protocol: the hash of the model's weights, the sampler, the seeds, the reference, and the versions
+of the software that computed it.
 """
 
 import json
@@ -34,13 +35,13 @@ from ddpm_pipe.weights import weights_sha256
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with its sampler, which can be measured: that was tried.
+    """A model with its sampler, which has been checked and is ready to be measured.
 
     Attributes:
-        settings: what the sweep changes of the config.
-        config: with these changes.
-        folder: of the pipeline.
-        sampling: the protocol; its hash of the weights is older than anything that is loaded to be measured.
+        settings: the options that the sweep changes in the config.
+        config: the config with these changes.
+        folder: the pipeline folder.
+        sampling: the protocol; it holds a hash of the weights that was taken before `load` reads them.
     """
 
     settings: dict[str, Any]
@@ -50,15 +51,15 @@ class Subject:
 
     @property
     def model(self) -> Path:
-        """The model as the config has it."""
+        """The model as the config names it."""
         return Path(self.config.model)
 
     def load(self, device: torch.device) -> PixelDiffusionPipeline:
-        """The pipeline, from the folder whose weights have the hash."""
+        """Load the pipeline from the folder whose weights were hashed."""
         return pipeline_for(self.config.replace(model=str(self.folder), revision=None)).to(device)
 
     def check_weights(self) -> None:
-        """Raise ValueError where the folder no longer holds the weights of the protocol."""
+        """Raise ValueError where the folder no longer holds the weights that the protocol names."""
         if weights_sha256(self.folder) != self.sampling["unet_sha256"]:
             raise ValueError(
                 f"the weights in {self.folder} changed while they were measured, and nothing is written; measure a "
@@ -67,10 +68,12 @@ class Subject:
 
 
 def subjects(config: EvaluateConfig, device: torch.device) -> tuple[Subject, list[Subject]]:
-    """The model of the config, and of each point to be sampled its own: the settings of the sweep, or that one model.
+    """Return the model of the config, and the models of all points to be sampled.
+
+    There is one point for each setting of the sweep; without a sweep the model of the config is the only point.
 
     Raises:
-        ValueError: for anything in one of them that cannot work.
+        ValueError: where one of them cannot work.
     """
 
     def subject(settings: dict[str, Any], is_sampled: bool) -> Subject:
@@ -89,18 +92,18 @@ def subjects(config: EvaluateConfig, device: torch.device) -> tuple[Subject, lis
 def evaluate(config: EvaluateConfig) -> Path:
     """Measure, print a table, and write evaluation.json and the pictures.
 
-    Without `output_dir` they go into the pipeline folder that they measure, and with its weights they are replaced; in
-    a sweep over models each gets an evaluation.json of its own.
+    Without `output_dir` they go into the pipeline folder that was measured, and they are deleted when it is replaced.
+    In a sweep over models, each model gets its own evaluation.json.
 
     Returns:
         The path of the evaluation.json of `config.model`.
 
     Raises:
-        ValueError: for a config, model, data or feature network that cannot work, in one sentence.
+        ValueError: where the config, model, data or feature network cannot work.
     """
     state = processes()
     folders = output_folders(config)
-    with state.main_process_first():  # it fills the caches
+    with state.main_process_first():  # the main process fills the caches, and the others read them
         own, points = subjects(config, state.device)
         pipeline = own.load(state.device)
         training = real_images(config, config.train_split, pipeline)
@@ -109,7 +112,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     facts: dict[str, Any] = {"data": describe_data(config, training, held_out)}
     measured: list[Point] = []
     if config.sample_seeds:
-        import_torchmetrics("fid")  # where it is missing, that is said before hours of work
+        import_torchmetrics("fid")  # a missing package is reported before hours of work
         network = load_features(config.features, state.device)
         facts["features"] = {"name": network.name, "hash": network.hash}
         measured = measure_points(points, pipeline, training, network, state)
@@ -128,10 +131,12 @@ def evaluate(config: EvaluateConfig) -> Path:
 
 
 def output_folders(config: EvaluateConfig) -> dict[Path, Path]:
-    """Each model -> the folder of its evaluation.json: as told, or the pipeline itself, where its model card finds it.
+    """Map each model to the folder for its evaluation.json.
+
+    The folder is `output_dir` or, without it, the pipeline folder itself, where the model card looks for the file.
 
     Raises:
-        ValueError: where it is not told and a model is not a folder here.
+        ValueError: where `output_dir` is not given and a model is not a local pipeline folder.
     """
     if config.output_dir is not None:
         return {Path(config.model): Path(config.output_dir)}
@@ -143,7 +148,7 @@ def output_folders(config: EvaluateConfig) -> dict[Path, Path]:
 
 
 def write(results: Results, folders: dict[Path, Path], neighbours: Image.Image | None) -> None:
-    """Write the evaluation.json of each model of `folders`, and the pictures beside that of the config; print all."""
+    """Write the evaluation.json of each model of `folders`, and the pictures beside the config's; print a table."""
     folder = folders[results.model]
     if neighbours is not None:
         neighbours.save(folder / "neighbours.png")
@@ -158,18 +163,19 @@ def write(results: Results, folders: dict[Path, Path], neighbours: Image.Image |
 
 
 def real_images(config: EvaluateConfig, split: str, pipeline: PixelDiffusionPipeline) -> ImageData:
-    """Real images of the size and channels of the model's; with labels where it is sampled with labels."""
+    """Load real images with the model's size and channels, and with labels where the model is sampled with labels."""
     channels, *size = pipeline.image_shape
     with_labels = config.class_labels is not None
     return load_images(config.data, split, with_labels=with_labels, resolution=size, channels=channels)
 
 
 def held_out_images(config: EvaluateConfig, pipeline: PixelDiffusionPipeline, training: ImageData) -> ImageData:
-    """The images of `config.test_split` that are not in the training split, where something is measured on them;
-    otherwise those of training stand in.
+    """Return the images of `config.test_split` that are not in the training split.
+
+    Where nothing is measured on them, return the training images instead.
 
     Raises:
-        ValueError: where fewer are left than asked for, or the bound of theirs cannot be computed.
+        ValueError: where fewer images are left than the config asks for, or their bound cannot be computed.
     """
     if not (config.bits_images or config.neighbours):
         return training
@@ -191,7 +197,7 @@ def held_out_images(config: EvaluateConfig, pipeline: PixelDiffusionPipeline, tr
 
 
 def describe_data(config: EvaluateConfig, training: ImageData, held_out: ImageData) -> dict[str, Any]:
-    """Name of the data and number of images of each split, for evaluation.json."""
+    """Return the name of the data and the number of images in each split, for evaluation.json."""
     splits = {config.train_split: len(training)}
     if held_out is not training:
         splits[config.test_split] = len(held_out)
@@ -199,7 +205,7 @@ def describe_data(config: EvaluateConfig, training: ImageData, held_out: ImageDa
 
 
 def first_images(data: ImageData) -> Tensor:
-    """Up to 1,000 images, uint8 (N, C, H, W): as many as stand for a split."""
+    """Return the first 1,000 images at most, uint8 (N, C, H, W), which represent the whole split."""
     return data.take(torch.arange(min(len(data), 1000)))[0]
 
 
@@ -213,14 +219,14 @@ def measure_points(
     network: FeatureNetwork,
     state: PartialState,
 ) -> list[Point]:
-    """Measure the samples of each point; `pipeline` is that of the config, which has no settings of its own."""
+    """Measure the samples of each point; a point that changes no settings uses `pipeline`, the config's own."""
     reference = reference_features(network, lambda rows: training.take(torch.tensor(rows))[0], len(training))
     check_features("reference", reference)
     measured = []
     for point in points:
         sampled = point.load(state.device) if point.settings else pipeline
         measured.append(measure_samples(point, sampled, network, reference, state))
-        point.check_weights()  # before more hours go into the next
+        point.check_weights()  # before the next point takes more hours
     return measured
 
 
@@ -231,7 +237,7 @@ def measure_samples(
     reference: Tensor,
     state: PartialState,
 ) -> Point:
-    """Draw the images of one setting and compare them with the reference; of each batch only the features are kept."""
+    """Draw the images of one setting and compare them with the reference; only the features of each batch are kept."""
     config, seeds = subject.config, subject.config.sample_seeds
 
     def images(rows: range) -> Tensor:
@@ -251,7 +257,7 @@ def measure_samples(
 
 
 def describe_sampler(config: SampleConfig, pipeline: PixelDiffusionPipeline) -> str:
-    """The sampler of a protocol, in a few words."""
+    """Describe the sampler in a few words, for a protocol."""
     steps = config.steps or pipeline.scheduler.config.num_train_timesteps
     parts = [f"{type(pipeline.scheduler).__name__}, {steps} steps"]
     parts += [f"eta {config.eta:g}"] if config.eta else []
@@ -266,7 +272,11 @@ def measure_neighbours(
     training: ImageData,
     held_out: ImageData,
 ) -> tuple[Metric, Image.Image]:
-    """Whether generated images are nearer to training images than real ones are, and a picture of both."""
+    """Measure whether generated images are nearer to training images than real ones are.
+
+    Returns:
+        The ratio of the two distances, and a picture of the generated images beside their nearest training images.
+    """
     seeds = config.sample_seeds[: config.neighbours]
     batches = sample_images(pipeline, seeds, config.batch_size, **config.call_options())
     images = torch.cat([drawn for _, drawn, _ in batches])

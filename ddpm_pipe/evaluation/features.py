@@ -1,4 +1,7 @@
-"""Images -> features of a network, Inception or your own in a file; those of a data set are kept for the next time."""
+"""Turn images into the features of a network, Inception or one in a file.
+
+The features of a data set are cached, so that the next evaluation need not compute them.
+"""
 
 import hashlib
 import logging
@@ -26,7 +29,7 @@ from ddpm_pipe.run.files import CheckpointError, locked, replace_folder, save_te
 logger = logging.getLogger(__name__)
 
 Images = Callable[[range], Tensor]
-"""Some positions of a set of images -> those images, uint8 (n, C, H, W), grey or RGB."""
+"""Function from a range of n positions in a set of images to those images, uint8 (n, C, H, W), grey or RGB."""
 
 BATCH_SIZE = 100
 CACHE = Path(HF_HOME) / "ddpm_pipe" / "features"
@@ -39,12 +42,12 @@ class FeatureNetwork:
     """A network that turns images into features.
 
     Attributes:
-        module: uint8 RGB images (B, 3, H, W), 0 to 255, any B -> features (B, D), or features and logits (B, K); the
-            sizes it accepts, and what it does to the pixels, are its own.
-        name: what protocols call it.
-        hash: changes whenever its features may.
-        device: where its weights are.
-        file_name: of the file that it was read from; None for Inception.
+        module: uint8 RGB images (B, 3, H, W), 0 to 255, any B -> features (B, D), or features and logits (B, K); it
+            resizes and normalises the images itself, and decides which sizes it accepts.
+        name: the network's name in protocols.
+        hash: changes whenever the features may change.
+        device: where the weights are.
+        file_name: name of the file that the network was read from; None for Inception.
     """
 
     module: Callable[[Tensor], Any]
@@ -55,10 +58,11 @@ class FeatureNetwork:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """uint8 (B, 1 or 3, H, W) -> features (B, D) and logits (B, K) or None, float32 on the CPU.
+        """Compute features (B, D) and logits (B, K) or None, float32 on the CPU, of uint8 images (B, 1 or 3, H, W).
 
         Raises:
-            ValueError: for other images, or a network that fails on them or returns something else.
+            ValueError: where the images have another type or shape, or the network fails on them or returns anything
+                else.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(
@@ -66,7 +70,7 @@ class FeatureNetwork:
             )
         try:
             output = self.module(images.expand(-1, 3, -1, -1).contiguous().to(self.device))
-        except (RuntimeError, AssertionError, ValueError) as error:  # AssertionError: guards of an exported program
+        except (RuntimeError, AssertionError, ValueError) as error:  # an exported program asserts its guards
             reason = str(error).strip().splitlines()[-1:]
             raise ValueError(f"features={self.name!r} fails on images {tuple(images.shape)}: {reason}") from error
         parts = list(output) if isinstance(output, (tuple, list)) else [output]
@@ -87,10 +91,10 @@ def load_features(features: str, device: str | torch.device = "cpu") -> FeatureN
             weights torch-fidelity downloads or finds in torch.hub's folder; or a file of TorchScript or of
             `torch.export.save` as `FeatureNetwork.module` describes. Such a file is a program that is run here: give
             only one that you trust.
-        device: where it computes.
+        device: where the network computes.
 
     Raises:
-        ValueError: where Inception or its weights cannot be had, or the file is something else.
+        ValueError: where Inception or its weights cannot be obtained, or the file is of neither kind.
     """
     if features == "inception":
         return _load_inception(device)
@@ -104,15 +108,18 @@ def load_features(features: str, device: str | torch.device = "cpu") -> FeatureN
 
 @contextmanager
 def torch_fidelity_importable() -> Iterator[None]:
-    """Let modules of torch-fidelity be imported where its package cannot: that imports torchvision, for networks that
-    are not used here. They are forgotten afterwards, or others would find a package with nothing in it."""
+    """Make the modules of torch-fidelity importable where the package itself cannot be imported.
+
+    The package imports torchvision, for networks that are not used here. In that case its modules are removed from
+    `sys.modules` afterwards, because other code would find a package with nothing in it.
+    """
     spec = None
     try:
         import_module("torch_fidelity")
-    except Exception:  # of whatever kind: a torchvision made for another torch raises several
-        spec = find_spec("torch_fidelity")  # None where it is not installed
+    except Exception:  # of any kind: a torchvision built for another torch raises several
+        spec = find_spec("torch_fidelity")  # None where torch-fidelity is not installed
     if spec is not None:
-        sys.modules["torch_fidelity"] = module_from_spec(spec)  # the package without what its __init__ runs
+        sys.modules["torch_fidelity"] = module_from_spec(spec)  # the package, whose __init__ is not run
     try:
         yield
     finally:
@@ -126,7 +133,7 @@ def _load_inception(device: str | torch.device) -> FeatureNetwork:
         with torch_fidelity_importable():
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
             from torch_fidelity.version import __version__
-    except Exception as error:  # of whatever kind, as above
+    except Exception as error:  # of any kind, as above
         raise ValueError(
             f"features='inception' needs torch-fidelity, which cannot be imported ({error}): install it with "
             f"pip install --no-deps torch-fidelity, or {INSTEAD}."
@@ -144,8 +151,8 @@ def _read_module(path: Path, device: str | torch.device) -> torch.nn.Module:
         return torch.jit.load(path, map_location=device).eval()
     except RuntimeError:
         try:
-            return move_to_device_pass(torch.export.load(path), device).module()  # with the tensors that it makes
-        except Exception as error:  # of whatever kind: it reads the parts of a zip file one after another
+            return move_to_device_pass(torch.export.load(path), device).module()  # also tensors that it creates
+        except Exception as error:  # of any kind: each part of the zip file may fail in its own way
             raise ValueError(
                 f"features={str(path)!r} is neither TorchScript (torch.jit.save) nor an exported program "
                 "(torch.export.save)."
@@ -158,22 +165,23 @@ def _read_module(path: Path, device: str | torch.device) -> torch.nn.Module:
 def extract(
     network: FeatureNetwork, images: Images, count: int, batch_size: int = BATCH_SIZE
 ) -> tuple[Tensor, Tensor | None]:
-    """Features of many images, of which only a batch at a time is in memory.
+    """Compute the features of many images, of which only one batch at a time is in memory.
 
-    Of P processes each asks for every P-th batch, so that `images` may also generate them; all get the whole. What
-    grows is the features: 50,000 of 2048 numbers are 0.4 GB, twice or three times that while they are gathered.
+    Each of P processes asks for every P-th batch, so `images` may also generate the images; every process gets all
+    features. These take memory: 50,000 of 2048 numbers take 0.4 GB, and two or three times that while they are
+    gathered.
 
     Args:
-        network: of the features.
-        images: the images at a range of positions.
-        count: how many there are, at least 1.
-        batch_size: images at a time.
+        network: computes the features.
+        images: returns the images at a range of positions.
+        count: number of images, at least 1.
+        batch_size: number of images in a batch.
 
     Returns:
         Features (count, D) and logits (count, K) or None, in the order of the images, float32 on the CPU.
 
     Raises:
-        ValueError: where there are no images or the network cannot take them.
+        ValueError: where there are no images, or the network cannot take them.
     """
     if count < 1:
         raise ValueError(f"count={count} must be at least 1 image.")
@@ -187,20 +195,20 @@ def extract(
 def reference_features(
     network: FeatureNetwork, images: Images, count: int, cache_dir: Path = CACHE, batch_size: int = BATCH_SIZE
 ) -> Tensor:
-    """Features of a data set, read from `cache_dir` where the same pixels went through the same network before.
+    """Return the features of a data set, read from `cache_dir` where the same network has seen the same pixels before.
 
-    The arguments are those of `extract`; a file of the cache that is not what it should be is made again.
+    The other arguments are those of `extract`. A damaged file of the cache is computed and written again.
 
     Returns:
         float32 (count, D), on the CPU.
 
     Raises:
-        ValueError: as `extract`.
+        ValueError: where `extract` raises it.
     """
     state = processes()
     folder = Path(cache_dir) / _hash(network, images, count, batch_size) if state.is_main_process else None
     with nullcontext() if folder is None else _locked(folder):
-        # the main process alone decides: the others cannot wait for those that found a file
+        # the main process alone decides, because either all processes call `extract`, which gathers, or none does
         found = [None if folder is None else _read(folder / FILE)]
         broadcast_object_list(found)
         if found[0] is not None:
@@ -213,13 +221,13 @@ def reference_features(
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep an entry of the cache for this evaluation; another one of the same data waits and then reads it."""
+    """Lock an entry of the cache; another evaluation of the same data waits for this one and then reads the entry."""
     with ExitStack() as stack:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock = folder.with_name(f".{folder.name}.lock")
             stack.enter_context(locked(lock, "another evaluation computes the features of the same real images"))
-        except OSError as error:  # a folder that cannot be written keeps nothing, and `_write` says so
+        except OSError as error:  # nothing can be cached in such a folder, and `_write` says so
             logger.warning("the cache of features cannot be locked: %s", error)
         yield
 
@@ -239,7 +247,7 @@ def _checksum(features: Tensor) -> Tensor:
 
 
 def _read(file: Path) -> Tensor | None:
-    """The features in a file of the cache; None where there is none or they are not those that were written."""
+    """Read the features in a file of the cache; return None where there is no file or its checksum does not match."""
     try:
         tensors = load_file(file)
         if torch.equal(_checksum(tensors["features"]), tensors["sha256"]):
@@ -256,5 +264,5 @@ def _write(folder: Path, features: Tensor) -> None:
     try:
         content = {"features": features, "sha256": _checksum(features)}
         replace_folder(folder, lambda new: save_tensors(new, {Path(FILE).stem: content}))
-    except CheckpointError as error:  # without it the next evaluation takes longer, no more
+    except CheckpointError as error:  # without the file the next evaluation only takes longer
         logger.warning("the features of the data set are not kept: %s", error)

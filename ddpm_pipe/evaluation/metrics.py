@@ -1,6 +1,7 @@
-"""How good generated images are, by their features (n, D) beside those of reference images.
+"""Measure how good generated images are: compare their features (n, D) with those of reference images (m, D).
 
-FID, KID and the Inception score are those of torchmetrics, in float64; it has no precision and recall.
+torchmetrics computes FID, KID and the Inception score, in float64. It has no precision and recall, so this module
+computes them.
 """
 
 import math
@@ -16,23 +17,23 @@ from ddpm_pipe.evaluation.features import torch_fidelity_importable
 from ddpm_pipe.evaluation.results import Metric
 
 FULL_COUNT = 50_000
-"""Generated images from which on a metric needs no count in its name: it depends on how many there are."""
+"""A metric of fewer generated images has their number in its name, because its value depends on it."""
 
 SUBSETS, SUBSET_SIZE = 100, 1000
 SPLITS = 10
-BLOCK = 1000  # features that are worked on at a time
+BLOCK = 1000  # features that are processed at a time
 
 
 def import_torchmetrics(module: str) -> ModuleType:
-    """A module of torchmetrics.image.
+    """Import a module of torchmetrics.image.
 
     Raises:
         ValueError: where it cannot be imported.
     """
     try:
-        with torch_fidelity_importable():  # torchmetrics imports it where it is installed
+        with torch_fidelity_importable():  # torchmetrics imports torch-fidelity if installed
             return import_module(f"torchmetrics.image.{module}")
-    except Exception as error:  # of whatever kind: it tries many other packages
+    except Exception as error:  # of any kind: torchmetrics tries to import many other packages
         raise ValueError(
             f"evaluation needs torchmetrics, which cannot be imported ({error}): install ddpm_pipe[eval]."
         ) from error
@@ -42,7 +43,7 @@ def import_torchmetrics(module: str) -> ModuleType:
 
 
 class _Given(nn.Module):
-    """Stands for the feature network of a metric that is given the features."""
+    """Takes the place of a metric's feature network, and returns the features that it is given."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -53,23 +54,25 @@ class _Given(nn.Module):
 
 
 def frechet_distance(generated: Tensor, reference: Tensor) -> float:
-    """FID of features (n, D) and (m, D): of the Gaussians with their means and covariances (Heusel et al. 2017, eq. 6).
+    """Compute the FID of features (n, D) and (m, D) (Heusel et al. 2017, eq. 6).
 
+    It is the squared Frechet distance of the Gaussians with their means and covariances,
     ||m1 - m2||^2 + tr(C1 + C2 - 2 (C1 C2)^{1/2}), at least 0.
     """
     metric = import_torchmetrics("fid").FrechetInceptionDistance(_Given(generated.shape[1]), sync_on_compute=False)
     for features, real in ((generated, False), (reference, True)):
         for block in features.cpu().split(BLOCK):
             metric.update(block.double(), real=real)
-    return max(0.0, metric.compute().item())  # of equal sets it is rounding, and may be negative
+    return max(0.0, metric.compute().item())  # for equal sets, rounding may make it negative
 
 
 def kernel_distance(generated: Tensor, reference: Tensor, seed: int = 0) -> tuple[float, float]:
-    """KID of features (n, D) and (m, D), without bias, and its standard error (Binkowski et al. 2018, section 3).
+    """Compute the unbiased KID of features (n, D) and (m, D), and its standard error (Binkowski et al. 2018, sec. 3).
 
-    The squared maximum mean discrepancy of the kernel (x.y / D + 1)^3, a mean over 100 subsets of 1000 of each, or of
-    half of the smaller set where that is less. How subsets scatter gives the error of the whole (the delete-d jackknife
-    of Shao and Wu 1989), with the larger set taken to be as small as the other.
+    The KID is the squared maximum mean discrepancy under the kernel (x.y / D + 1)^3, averaged over 100 random subsets
+    of each set. A subset has 1000 features, or half as many as the smaller set where that is less. The scatter of the
+    subsets gives the standard error (the delete-d jackknife of Shao and Wu 1989), as if both sets were as small as the
+    smaller one.
     """
     poly_mmd = import_torchmetrics("kid").poly_mmd
     count = min(len(generated), len(reference))
@@ -86,9 +89,10 @@ def kernel_distance(generated: Tensor, reference: Tensor, seed: int = 0) -> tupl
 
 
 def inception_score(logits: Tensor, seed: int = 0) -> tuple[float, float]:
-    """exp E KL(p(y|x) || p(y)) from logits (n, K): mean and standard deviation over 10 parts (Salimans et al. 2016).
+    """Compute exp E KL(p(y|x) || p(y)) from logits (n, K): mean and standard deviation over 10 parts.
 
-    The images are shuffled by the seed first: generated ones may be sorted by class.
+    This is the Inception score (Salimans et al. 2016). The seed shuffles the images first, because generated images may
+    be sorted by class.
     """
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message=".*will save all extracted features")
@@ -105,15 +109,15 @@ def inception_score(logits: Tensor, seed: int = 0) -> tuple[float, float]:
 def precision_recall(
     generated: Tensor, reference: Tensor, neighbours: int = 3, block: int = BLOCK
 ) -> tuple[float, float]:
-    """Precision and recall of features (n, D) and (m, D), both in [0, 1] (Kynkaanniemi et al. 2019, eq. 1 and 2).
+    """Compute precision and recall of features (n, D) and (m, D), in [0, 1] (Kynkaanniemi et al. 2019, eq. 1 and 2).
 
-    Precision is the share of generated images that lie in the manifold of the reference: within the distance of its
-    k-th nearest neighbour from some reference image. Recall is the same with the two exchanged.
+    Precision is the share of generated images in the manifold of the reference: each lies as near to some reference
+    image as that image's k-th nearest neighbour in the reference does. Recall is the same with the two sets exchanged.
 
     Args:
-        generated, reference: features, more than `neighbours` of each.
+        generated, reference: features, more than `neighbours` in each.
         neighbours: k.
-        block: how many features of a set are compared with how many of the other at a time; no matter for the result.
+        block: how many features of each set are compared at a time; the result does not depend on it.
     """
     return (
         _share_within(generated, reference, neighbours, block),
@@ -122,9 +126,9 @@ def precision_recall(
 
 
 def _share_within(features: Tensor, manifold: Tensor, neighbours: int, block: int) -> float:
-    """The share of `features` that lie in one of the balls around `manifold`."""
+    """Return the share of `features` in a ball around some point of `manifold` that reaches its k-th neighbour."""
     radii = [
-        # the nearest of all is the point itself
+        # one more, because the nearest of all is the point itself
         _distances(rows, manifold, block).kthvalue(neighbours + 1).values
         for rows in manifold.split(block)
     ]
@@ -133,7 +137,7 @@ def _share_within(features: Tensor, manifold: Tensor, neighbours: int, block: in
 
 
 def _distances(rows: Tensor, features: Tensor, block: int) -> Tensor:
-    """(n, D) and (m, D) -> (n, m)."""
+    """Compute the Euclidean distances of (n, D) and (m, D), float64 (n, m)."""
     return torch.cat([torch.cdist(rows.double(), part.double()) for part in features.split(block)], 1)
 
 
@@ -147,18 +151,18 @@ def evaluate_features(
     details: str = "unnamed features",
     network: str | None = None,
 ) -> list[Metric]:
-    """All metrics; of fewer than 50,000 generated images, their number is in the name: FID-5000.
+    """Compute all metrics; with fewer than 50,000 generated images, each name has their number, as FID-5000.
 
     Args:
         generated: features of the generated images, (n, D), n at least 20.
         reference: features of the reference images, (m, D), m at least 20.
-        logits: of the generated images, (n, K); without them there is no Inception score.
-        details: for the protocols: what computed the features, and how the images were drawn.
-        network: the name of the network where it is not Inception: no number of another may pass for an FID.
+        logits: logits of the generated images, (n, K); without them there is no Inception score.
+        details: text for the protocols: what computed the features, and how the images were drawn.
+        network: name of a network other than Inception; the metrics' names include it, so that its numbers cannot pass
+            for those of Inception.
 
     Returns:
-        FID, KID, Inception score, precision and recall; the value of one that these numbers do not have is nan or
-        infinite.
+        FID, KID, Inception score, precision and recall; a value that the features do not determine is nan or infinite.
 
     Raises:
         ValueError: where there are too few images, features of different sizes, or features that are not finite.
@@ -187,10 +191,10 @@ def evaluate_features(
 
 
 def check_features(name: str, features: Tensor) -> None:
-    """Check that features can be measured; `name` is what they are of.
+    """Check that features can be measured; `name` is what the error message calls them.
 
     Raises:
-        ValueError: where they are not (n, D) of enough images, or not finite.
+        ValueError: where they are not (n, D) of at least `MIN_COUNT` images, or not finite.
     """
     if features.ndim != 2 or len(features) < MIN_COUNT:
         raise ValueError(

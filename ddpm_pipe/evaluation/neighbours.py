@@ -1,4 +1,4 @@
-"""Are samples copies of training images? Their nearest neighbours among them, as numbers and as a picture."""
+"""Find the training images nearest to each sample, as numbers and as a picture, to tell whether samples are copies."""
 
 import hashlib
 from collections.abc import Iterator
@@ -15,18 +15,18 @@ BLOCK = 4096  # training images compared at a time
 
 
 def nearest(images: Tensor, data: ImageData, count: int) -> tuple[Tensor, Tensor]:
-    """The training images nearest to each image, by the root mean squared difference of their pixels.
+    """Find the training images nearest to each image, by the root mean squared difference of their pixels.
 
     Args:
         images: uint8 (N, C, H, W).
         data: the training images, of the same shape.
-        count: how many neighbours of each.
+        count: number of neighbours of each image.
 
     Returns:
         Distances in 8-bit levels, increasing, and positions in `data`; each (N, count).
 
     Raises:
-        ValueError: where the shapes differ or `count` is more than there are.
+        ValueError: where the shapes differ, or `count` is not between 1 and the number of training images.
     """
     if images.shape[1:] != data.shape or not 1 <= count <= len(data):
         raise ValueError(
@@ -44,7 +44,7 @@ def nearest(images: Tensor, data: ImageData, count: int) -> tuple[Tensor, Tensor
 
 
 def without_copies(data: ImageData, training: ImageData) -> ImageData:
-    """The images of `data` that are not in `training` to the bit."""
+    """Return the images of `data` that have no exact copy in `training`."""
     digests = list(_digests(data))
     copies = set(digests).intersection(_digests(training))
     return replace(data, rows=data.rows[torch.tensor([digest not in copies for digest in digests], dtype=torch.bool)])
@@ -56,7 +56,7 @@ def _digests(data: ImageData) -> Iterator[bytes]:
 
 
 def neighbour_grid(images: Tensor, data: ImageData, positions: Tensor) -> Image.Image:
-    """One line per image uint8 (N, C, H, W): the image, then its neighbours at `positions` (N, count)."""
+    """Draw a row for each image, uint8 (N, C, H, W): the image, then those of `data` at its `positions` (N, count)."""
     cells = []
     for image, places in zip(images, positions, strict=True):
         cells += [image, *data.take(places)[0]]

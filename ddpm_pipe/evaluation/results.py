@@ -1,4 +1,4 @@
-"""What an evaluation found: metrics with their protocols, as evaluation.json, as a table and as curves of a sweep."""
+"""Results of an evaluation: metrics with their protocols, as evaluation.json, as a table and as curves of a sweep."""
 
 import dataclasses
 import math
@@ -13,11 +13,11 @@ class Metric:
 
     Attributes:
         type: what is measured, in one word.
-        name: what it is called; other numbers of images, or of another feature network, have another name.
+        name: the name of the metric, which differs with the number of images and the feature network.
         value: the number.
-        protocol: how it was measured, in a line.
-        standard_error: of the value, where it is told apart from the protocol.
-        terms: what the value is the sum of.
+        protocol: how it was measured, in one line.
+        standard_error: standard error of the value; None where it is not given apart from the protocol.
+        terms: the terms whose sum is the value.
     """
 
     type: str
@@ -32,7 +32,7 @@ class Metric:
 
 
 def only_finite(metrics: list[Metric]) -> list[Metric]:
-    """Those that are finite; a sentence names each of the others, which would say nothing."""
+    """Return the finite metrics, and print a sentence about each of the others."""
     for metric in metrics:
         if not math.isfinite(metric.value):
             print(f"{metric.name} ({metric.protocol}) is {metric.value}, not a finite number; it is left out.")
@@ -41,14 +41,14 @@ def only_finite(metrics: list[Metric]) -> list[Metric]:
 
 @dataclass(frozen=True)
 class Point:
-    """What the images of one setting of a sweep, or of the config alone, were found to be.
+    """What was measured of the images of one setting of a sweep, or of the config without a sweep.
 
     Attributes:
-        model: whose images they are, as the config has it.
-        settings: what the sweep changes of the config.
-        sampling: the protocol.
-        seconds_per_image: of one process.
-        metrics: of the images.
+        model: the model that drew the images, as the config names it.
+        settings: the options that the sweep changes in the config.
+        sampling: the protocol of sampling.
+        seconds_per_image: seconds that one process takes for an image.
+        metrics: metrics of the images.
     """
 
     model: Path
@@ -59,7 +59,7 @@ class Point:
 
     @property
     def distance(self) -> float:
-        """The FID; infinite where it has none."""
+        """The FID; infinite where the point has none."""
         return next((metric.value for metric in self.metrics if metric.type.startswith("fid")), math.inf)
 
     def to_json(self) -> dict[str, Any]:
@@ -69,14 +69,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Results:
-    """All that one evaluation found.
+    """All results of one evaluation.
 
     Attributes:
-        model: of the config.
-        sampling: its protocol.
-        facts: about the data and the feature network, as JSON has them.
-        points: the settings of the sweep, or the one of the config; none where no images were drawn.
-        others: metrics of the model of the config that are not of a point.
+        model: the model of the config.
+        sampling: the protocol of sampling that model.
+        facts: facts about the data and the feature network, as JSON values.
+        points: one for each setting of the sweep, or one for the config; empty where no images were drawn.
+        others: metrics of the config's model that belong to no point.
     """
 
     model: Path
@@ -86,10 +86,10 @@ class Results:
     others: list[Metric]
 
     def finite(self) -> "Results":
-        """The same without metrics that are not finite.
+        """Return the same results without the metrics that are not finite.
 
         Raises:
-            ValueError: where none is left.
+            ValueError: where no metric is left.
         """
         points = [dataclasses.replace(point, metrics=only_finite(point.metrics)) for point in self.points]
         others = only_finite(self.others)
@@ -98,7 +98,7 @@ class Results:
         return dataclasses.replace(self, points=points, others=others)
 
     def of(self, model: Path) -> dict[str, Any]:
-        """The evaluation.json of one model: all points, but as `metrics` only its own, those of its best point."""
+        """Return the evaluation.json of one model: all points, but under `metrics` only those of its own best point."""
         own_points = [point for point in self.points if point.model == model]
         metrics = list(min(own_points, key=lambda point: point.distance).metrics) if own_points else []
         is_own = model == self.model
@@ -109,17 +109,17 @@ class Results:
         }
 
     def table(self) -> str:
-        """All metrics as a Markdown table."""
+        """Return all metrics as a Markdown table."""
         lines = ["| metric | value | protocol |", "| --- | --- | --- |"]
         metrics = [metric for point in self.points for metric in point.metrics] + self.others
         return "\n".join(lines + [f"| {metric.name} | {metric.value:.4g} | {metric.protocol} |" for metric in metrics])
 
     def draw_sweep(self, file: Path) -> None:
-        """Draw FID over the number of steps and over the seconds of an image; one line for each of the other settings.
+        """Draw FID over steps and over seconds per image; a line joins the points that differ only in their steps.
 
-        Points without FID are left out; where none has one, nothing is drawn.
+        Points without FID are left out; if no point has one, nothing is drawn.
         """
-        from matplotlib.figure import Figure  # heavy, and needed once at the end
+        from matplotlib.figure import Figure  # slow to import, and needed only here
 
         points = [point for point in self.points if point.distance < math.inf]
         if not points:

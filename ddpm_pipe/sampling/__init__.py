@@ -1,1 +1,1 @@
-"""Drawing many images from a trained model."""
+"""This package draws many images from a trained model."""

@@ -1,4 +1,4 @@
-"""Which model is sampled and how, and which images are drawn."""
+"""The config of `generate`: which model is sampled, how, and which images are drawn."""
 
 import re
 from typing import Any, Literal, Self
@@ -25,14 +25,15 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "kdpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
 }
 SCHEDULERS = ALIASES | {name: (name, {}) for name, _ in ALIASES.values()}
-"""Short name or class name -> class and the options that make it what the name says.
+"""Short name or class name -> the class, and the options that make it what the name says.
 
-DDPM and DDIM are those of this package. The others of diffusers have noise levels that a DDPM was not trained on, or,
-as DPMSolverSDEScheduler, noise that is not that of the images' generators.
+This package has its own DDPM and DDIM; the rest come from diffusers. Other schedulers of diffusers are left out,
+because they use noise levels that a DDPM was not trained on or, as DPMSolverSDEScheduler does, draw noise without the
+images' generators.
 """
 
 MAX_SEEDS = 10_000_000
-"""Images that one call of `generate` draws at most; more would fill the memory with their seeds alone."""
+"""Largest number of seeds that a config may name; the list of more seeds would itself fill the memory."""
 
 
 class SampleConfig(Config):
@@ -48,17 +49,17 @@ class SampleConfig(Config):
     """images that a process draws at a time"""
     scheduler: str | None = None
     """ddpm, ddim, dpm++, dpm++sde, dpm++single, unipc, deis, pndm, lms, euler, euler_a, heun, kdpm2, kdpm2_a, or the
-    class of one; the model's own if not given"""
+    class name of one of these; the model's own scheduler if not given"""
     scheduler_options: JsonDict = {}
-    """config keys of the scheduler other than the model's, as JSON"""
+    """config keys of the scheduler that replace the model's, as JSON"""
     steps: PositiveInt | None = None
-    """timesteps of sampling; all that the model was trained with if not given"""
+    """number of sampling steps; all timesteps that the model was trained with if not given"""
     eta: Float = 0.0
-    """noise of DDIM, 0 to 1"""
+    """amount of noise that DDIM adds, from 0 (none) to 1 (as much as DDPM)"""
     class_labels: str | None = None
-    """balanced, or classes with commas between; the seeds take them in turn"""
+    """balanced for all classes, or class numbers with commas between; the seeds take them in turn"""
     guidance_scale: Float = 1.0
-    """classifier-free guidance; 1 is none"""
+    """scale of classifier-free guidance; 1 applies none"""
 
     @field_validator("scheduler")
     @classmethod
@@ -73,7 +74,7 @@ class SampleConfig(Config):
         return labels and labels.replace(" ", "")
 
     def call_options(self) -> dict[str, Any]:
-        """The options of `sample_images`."""
+        """Return the options that `sample_images` takes."""
         names = ("eta", "class_labels", "guidance_scale")
         return {"num_inference_steps": self.steps} | {name: getattr(self, name) for name in names}
 
@@ -82,13 +83,13 @@ class GenerateConfig(SampleConfig):
     """Images to draw"""
 
     seeds: str = "0-63"
-    """one image per seed: numbers and ranges with commas between, as 0-49999"""
+    """seeds, one for each image: numbers and ranges with commas between, such as 0-49999"""
     output_dir: Place = "runs/generated"
-    """folder of the images; one that already holds images of the same model is completed"""
+    """folder of the images; if it already holds some of the same model and settings, only the others are drawn"""
     output_format: Literal["png", "zip", "parquet"] = "png"
-    """files of one image each, or shards of many"""
+    """png writes one file for each image; zip and parquet write files of many images"""
     shard_size: PositiveInt = 1000
-    """images in a zip or parquet file"""
+    """number of images in one zip or parquet file"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -97,14 +98,14 @@ class GenerateConfig(SampleConfig):
 
 
 def parse_seeds(text: str) -> list[int]:
-    """The seeds of "0-49999" or "1,5,7-9", increasing and each once.
+    """Parse text such as "0-49999" or "1,5,7-9", and return its seeds in increasing order, each once.
 
     Raises:
-        ValueError: where it is not of this form, or holds more than `MAX_SEEDS`.
+        ValueError: where the text is not of this form, or names more than `MAX_SEEDS` seeds.
     """
     ranges = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part.strip())  # more digits fit no 64-bit integer
+        match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part.strip())  # longer ones may not fit in 64 bits
         if not match or int(match[1]) > int(match[2] or match[1]):
             raise ValueError(
                 f"seeds={text!r} must be numbers of up to 18 digits and ranges with commas between, as 0-49999 or "

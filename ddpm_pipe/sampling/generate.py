@@ -1,7 +1,8 @@
-"""Many images of one model in a folder: each depends on its seed alone, and what was killed goes on.
+"""Draw many images of one model into a folder.
 
-The seeds whose images are missing are cut into parts, and the parts dealt to the processes. A file is written under
-another name and then renamed: one that is there is whole, and its images are never drawn again.
+Each image depends on its seed alone, and an interrupted call resumes where it stopped: it cuts the seeds whose images
+are missing into parts and deals these to the processes. Every file is written under a temporary name and then renamed,
+so a file that exists is whole, and its images are never drawn again.
 """
 
 import io
@@ -34,24 +35,24 @@ from ddpm_pipe.sampling.protocol import (
 )
 
 GENERATION = "generation.json"
-"""The protocol of a folder of images, written before the first of them."""
+"""File that holds the protocol of a folder of images; it is written before the first image."""
 
 NOT_COMPARED = ("model", "revision", "seeds", "versions")
-"""Entries of a protocol that may change when a folder is gone on with: the weights are known by their checksums."""
+"""Entries of a protocol that may change when `generate` adds to a folder; checksums, not names, tell the weights."""
 
 
-# ---------------------------------------------------------------- files: written whole or not at all
+# ---------------------------------------------------------------- files, which are written whole or not at all
 
 
 def _named_png(seed: int, image: Tensor) -> tuple[str, bytes]:
-    """The name of an image's file and what is in it, for uint8 (C, H, W)."""
+    """Return the file name and the PNG bytes of an image, uint8 (C, H, W)."""
     buffer = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy()).save(buffer, "png")
     return f"{seed:06d}.png", buffer.getvalue()
 
 
 def _shard(folder: Path, seeds: list[int], suffix: str) -> Path:
-    return folder / f"{seeds[0]:06d}-{seeds[-1]:06d}.{suffix}"  # no two have the same first seed
+    return folder / f"{seeds[0]:06d}-{seeds[-1]:06d}.{suffix}"  # no two shards have the same first seed
 
 
 def _write_png(folder: Path, seeds: list[int], batches: Iterable[Batch], classes: int) -> None:
@@ -67,11 +68,11 @@ def _write_zip(folder: Path, seeds: list[int], batches: Iterable[Batch], classes
         for drawn, images, _ in batches:
             for seed, image in zip(drawn, images, strict=True):
                 name, png = _named_png(seed, image)
-                archive.writestr(zipfile.ZipInfo(name), png)  # without a date: the same images are the same file
+                archive.writestr(zipfile.ZipInfo(name), png)  # has no date: the same images give the same file
 
 
 def _write_parquet(folder: Path, seeds: list[int], batches: Iterable[Batch], classes: int) -> None:
-    """Columns image, seed and, with classes, label, typed so that `datasets` knows them."""
+    """Write the columns image, seed and, if there are classes, label, with the types that `datasets` reads."""
     features = datasets.Features({"image": datasets.Image(), "seed": datasets.Value("int64")})
     if classes:
         features["label"] = datasets.ClassLabel(classes)
@@ -106,14 +107,14 @@ def _parquet_seeds(file: Path) -> list[int]:
 
 
 class Format(NamedTuple):
-    """How images become files."""
+    """How images are stored in files of one format."""
 
     pattern: str
-    """a regular expression of its file names"""
+    """a regular expression that the file names match"""
     seeds: Callable[[Path], list[int]]
-    """the seeds of the images in a file"""
+    """returns the seeds of the images in a file"""
     write: Callable[[Path, list[int], Iterable[Batch], int], None]
-    """write the images of these seeds, drawn as they are taken from the batches, of so many classes, to a folder"""
+    """writes images to a folder, given their seeds, the batches that draw them when read, and the number of classes"""
     sharded: bool
     """whether a file holds many images"""
 
@@ -126,10 +127,10 @@ FORMATS = {
 
 
 def seeds_in(folder: Path, output_format: str) -> set[int]:
-    """The seeds of the images that a folder holds in this format.
+    """Return the seeds of the images that a folder holds in this format.
 
     Raises:
-        ValueError: for a file that cannot be read, naming it.
+        ValueError: where a file cannot be read; the message names it.
     """
     row = FORMATS[output_format]
     seeds: set[int] = set()
@@ -150,13 +151,13 @@ def generate(config: GenerateConfig) -> Path:
     """Draw the images that the folder does not hold yet, on all processes.
 
     Returns:
-        The folder, when all images are in it.
+        The folder, once all images are in it.
 
     Raises:
-        ValueError: for a config that cannot work or a folder with images of another one, in one sentence.
+        ValueError: where the config cannot work, or the folder holds images of another model or of other settings.
     """
     state = processes()
-    with state.main_process_first():  # it fills the cache of the Hub
+    with state.main_process_first():  # the main process downloads the model, and the others read its cache
         pipeline = pipeline_for(config).to(state.device)
     try_out(config, pipeline)
     folder = Path(config.output_dir)
@@ -165,7 +166,7 @@ def generate(config: GenerateConfig) -> Path:
         open_folder(folder, protocol(config, pipeline) | kept)
     state.wait_for_everyone()
     held, seeds = seeds_in(folder, config.output_format), parse_seeds(config.seeds)
-    state.wait_for_everyone()  # none writes before all have looked
+    state.wait_for_everyone()  # no process writes before all have listed the folder
     missing = [seed for seed in seeds if seed not in held]
     state.print(f"{len(seeds)} images in {folder}, of which {len(missing)} are missing and drawn now")
     size = config.shard_size if FORMATS[config.output_format].sharded else config.batch_size
@@ -177,10 +178,11 @@ def generate(config: GenerateConfig) -> Path:
 
 
 def open_folder(folder: Path, new: dict[str, Any]) -> None:
-    """Make the folder, or clear one of what a kill left half-written, and write the protocol into it.
+    """Create the folder, or delete the half-written files that a kill left in it, and write the protocol into it.
 
     Raises:
-        ValueError: where it cannot be written, or holds images of another protocol or of seeds not asked for.
+        ValueError: where the folder cannot be written, or holds images of another protocol or of seeds that `new` does
+            not include.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -196,15 +198,15 @@ def open_folder(folder: Path, new: dict[str, Any]) -> None:
 
 
 def check_continuation(folder: Path, new: dict[str, Any]) -> list[dict[str, str]]:
-    """Check that the images that a folder holds are some of those of the protocol `new`; the versions that drew them.
+    """Check that the images in a folder belong to the protocol `new`, and return the versions that drew them.
 
     Raises:
-        ValueError: where they are not, naming what differs.
+        ValueError: where they do not; the message names what differs.
     """
     if not (folder / GENERATION).exists():
         raise ValueError(f"output_dir={str(folder)!r} holds images but no {GENERATION}; choose another folder.")
     try:
-        old = json.loads((folder / GENERATION).read_text(), parse_constant=str)  # as `protocol` has it
+        old = json.loads((folder / GENERATION).read_text(), parse_constant=str)  # as `protocol` stores it
         versions, old_seeds = old["versions"], set(parse_seeds(str(old["seeds"])))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / GENERATION} is damaged ({error}); choose another folder.") from error
@@ -224,7 +226,7 @@ def check_continuation(folder: Path, new: dict[str, Any]) -> list[dict[str, str]
 
 
 def _flat(entries: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A mapping without mappings in it: their keys are joined with dots."""
+    """Flatten a nested mapping; dots join the keys of its levels."""
     flat: dict[str, Any] = {}
     for key, value in entries.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -234,7 +236,7 @@ def _flat(entries: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def draw(
     config: GenerateConfig, pipeline: DDPMPipeline, folder: Path, parts: list[list[int]], state: PartialState
 ) -> None:
-    """Draw and write this process's parts; the main process shows its own progress."""
+    """Draw and write the parts of this process; the main process also shows the progress of its own parts."""
     cycle = label_cycle(pipeline.unet, config.class_labels)
     classes = 0 if cycle is None else len(label_cycle(pipeline.unet, "balanced") or ())
     whose = "images" if state.num_processes == 1 else f"images of the first of {state.num_processes} processes"

@@ -1,4 +1,4 @@
-"""Which model is sampled and how: any scheduler by name, one seed per image, and the protocol that says so."""
+"""Sample a model with any scheduler and one seed per image, and record in a protocol how it was sampled."""
 
 import hashlib
 import inspect
@@ -24,7 +24,7 @@ from ddpm_pipe.sharing.privacy import shared_name
 from ddpm_pipe.weights import weights_sha256
 
 Batch = tuple[list[int], Tensor, list[int] | None]
-"""Seeds, uint8 images (B, C, H, W) and labels of a batch; no labels for images without a class."""
+"""Seeds, uint8 images (B, C, H, W) and labels of a batch; the labels are None for images without a class."""
 
 
 # ---------------------------------------------------------------- images in memory
@@ -33,14 +33,14 @@ Batch = tuple[list[int], Tensor, list[int] | None]
 def sample_images(
     pipeline: DDPMPipeline, seeds: list[int], batch_size: int, class_labels: str | None = None, **options: Any
 ) -> Iterator[Batch]:
-    """Draw one image per seed, which depends on that seed alone, to the rounding of the network in other batches.
+    """Draw one image per seed. It depends on that seed alone, up to rounding, which may vary with the batch.
 
     Args:
-        pipeline: whose call draws the images.
-        seeds: each the seed of a CPU generator of all noise of its image.
-        batch_size: images at a time, at least 1.
+        pipeline: draws the images.
+        seeds: each one seeds a CPU generator, which draws all noise of its image.
+        batch_size: number of images drawn at a time, at least 1.
         class_labels: as in `label_cycle`.
-        options: more keywords of the call.
+        options: more keywords for the call of the pipeline.
 
     Yields:
         Seeds, uint8 images (B, C, H, W) on the CPU, and labels or None, up to `batch_size` of each.
@@ -52,7 +52,7 @@ def sample_images(
     for start in range(0, len(seeds), batch_size):
         batch = seeds[start : start + batch_size]
         labels = cycle and [cycle[seed % len(cycle)] for seed in batch]
-        # generators of the CPU: the noise is the same on every device
+        # CPU generators draw the same noise whatever the device
         generators = [torch.Generator().manual_seed(seed) for seed in batch]
         images = pipeline(len(batch), generators, class_labels=labels, output_type="pt", **options)[0]
         if not images.isfinite().all():
@@ -64,7 +64,7 @@ def sample_images(
 
 
 def label_cycle(unet: ModelMixin, class_labels: str | None) -> list[int] | None:
-    """The classes that the seeds take in turn: the label of a seed is `cycle[seed % len(cycle)]`.
+    """Return the classes that the seeds take in turn: the label of a seed is `cycle[seed % len(cycle)]`.
 
     Args:
         unet: the network.
@@ -92,10 +92,10 @@ def label_cycle(unet: ModelMixin, class_labels: str | None) -> list[int] | None:
 
 
 def pipeline_for(config: SampleConfig) -> DDPMPipeline:
-    """The model of the config with its scheduler plugged in, on the CPU.
+    """Load the model of the config onto the CPU, and give it the scheduler of the config.
 
     Raises:
-        ValueError: for a model, scheduler, option or count of steps that cannot be.
+        ValueError: for a model, scheduler, option or number of steps that is not valid.
     """
     local = Path(config.model).is_dir()
     if local and config.revision is not None:
@@ -118,16 +118,18 @@ def pipeline_for(config: SampleConfig) -> DDPMPipeline:
 
 
 def plug_in(own: SchedulerMixin, name: str | None, options: dict[str, Any], fewer: bool) -> SchedulerMixin:
-    """Another scheduler in the place of the model's own.
+    """Make the scheduler that takes the place of the model's own.
 
     Args:
         own: the scheduler of the model.
         name: a key of `SCHEDULERS`; None keeps the class.
         options: config keys that differ from those of `own`.
-        fewer: whether it takes fewer steps than there are timesteps; a named one then starts at the last, pure noise.
+        fewer: whether it takes fewer steps than there are timesteps; a scheduler that is given by name then starts at
+            the last timestep, pure noise.
 
     Raises:
-        ValueError: for options that the class does not take, or one that cannot sample what was trained with `own`.
+        ValueError: for options that the class does not take, or a scheduler that cannot sample a model that was trained
+            with `own`.
     """
     class_name, implied = (type(own).__name__, {}) if name is None else SCHEDULERS[name]
     cls = type(own) if name is None else SAMPLERS.get(class_name) or getattr(diffusers, class_name)
@@ -145,9 +147,10 @@ def plug_in(own: SchedulerMixin, name: str | None, options: dict[str, Any], fewe
 
 
 def protocol(config: SampleConfig, pipeline: DDPMPipeline) -> dict[str, Any]:
-    """All that decides about the images: what `pipeline_for` made of the config, and how it is sampled; as JSON has it.
+    """Return everything that determines the images, as JSON values: the model, its scheduler, and how it is sampled.
 
-    A schedule of betas that the scheduler's config spells out is given as its checksum, an infinite number as a text.
+    If the scheduler's config lists its betas, the protocol holds their checksum instead; it holds infinite numbers as
+    text.
     """
     scheduler = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
     if scheduler.get("trained_betas") is not None:
@@ -155,7 +158,7 @@ def protocol(config: SampleConfig, pipeline: DDPMPipeline) -> dict[str, Any]:
         scheduler["trained_betas"] = hashlib.sha256(betas.tobytes()).hexdigest()
     cycle = label_cycle(pipeline.unet, config.class_labels)
     entries = {
-        "model": shared_name(config.model),  # the weights are known by their checksums
+        "model": shared_name(config.model),  # the checksums identify the weights
         "revision": config.revision,
         "unet_sha256": weights_sha256(Path(pipeline.name_or_path)),
         "scheduler": {"class": type(pipeline.scheduler).__name__} | scheduler,
@@ -175,7 +178,7 @@ def _shortened(cycle: list[int]) -> str:
 
 
 def try_out(config: SampleConfig, pipeline: DDPMPipeline) -> None:
-    """Take the first step of one image, so that what cannot work is known before anything is written.
+    """Take the first sampling step of one image, so that a config that cannot work fails before anything is written.
 
     Raises:
         ValueError: for anything that this network or scheduler cannot honour.

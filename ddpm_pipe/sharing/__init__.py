@@ -1,1 +1,1 @@
-"""Model cards, and what is pushed to the Hub."""
+"""This package writes model cards and pushes runs to the Hub."""

@@ -1,4 +1,4 @@
-"""The model card of a run: what it is, how to use it, how it was made and how good it is."""
+"""Make the model card of a run: what the model is, how to use it, how it was trained and how good it is."""
 
 import json
 import math
@@ -15,10 +15,10 @@ from ddpm_pipe.weights import CODE_FILES, read_json, saved_variants, weights_sha
 
 PICTURE = "samples.png"
 TEMPLATES = [Path(__file__).parents[up] / "model_cards" / "TEMPLATE.md" for up in (1, 2)]
-"""Where the template lies: in the installed package, or beside it in a checkout."""
+"""Where the template may lie: in the installed package, or beside the package in a checkout."""
 TASK = "unconditional-image-generation"
 PRIVATE = ("output_dir", "push_to", "push_every", "push_public", "resume", "overwrite")
-"""Choices of a run that concern its machine alone."""
+"""Config keys of a run that concern its machine alone; a card does not show them."""
 
 
 def make_card(
@@ -29,15 +29,15 @@ def make_card(
     dataset: str | None = None,
     dataset_license: str | None = None,
 ) -> ModelCard:
-    """The model card of a run or of a pipeline alone, the same text every time it is made of the same.
+    """Make the model card of a run, or of a pipeline alone; the same arguments always give the same text.
 
     Args:
-        run: the run folder; None for a pipeline of which no more is known.
+        run: the run folder; None for a pipeline that comes without its run.
         pipeline: the pipeline folder that is shared.
-        repo_id: where it is shared.
-        license: of the weights, as the Hub names licences.
-        dataset: name of the data, or its id on the Hub; None takes the id that the run was trained on.
-        dataset_license: of the data.
+        repo_id: the repository in which it is shared.
+        license: licence of the weights, as the Hub names licences.
+        dataset: name of the training data, or their id on the Hub; None takes the id that the run was trained on.
+        dataset_license: licence of the training data.
 
     Raises:
         ValueError: where the run lacks its config or plan, or its evaluation cannot be read.
@@ -50,7 +50,7 @@ def make_card(
         dataset = dataset or facts["dataset"]
     metrics += read_evaluation(run, pipeline).get("metrics", [])
     card_data = ModelCardData(
-        model_name=repo_id.split("/")[-1] if metrics else None,  # it belongs to the results, and is nothing without
+        model_name=repo_id.split("/")[-1] if metrics else None,  # only results need the name
         license=license,
         library_name="diffusers",
         pipeline_tag=TASK,
@@ -76,7 +76,7 @@ def make_card(
 
 
 def read_pipeline(pipeline: Path) -> dict[str, Any]:
-    """What the template is told of a pipeline folder: sizes, classes, timesteps, variant and code files.
+    """Read what the template shows of a pipeline folder: sizes, classes, timesteps, variant and code files.
 
     Raises:
         ValueError: where a config is missing or cannot be read.
@@ -86,7 +86,7 @@ def read_pipeline(pipeline: Path) -> dict[str, Any]:
     variants = saved_variants(path.name for path in (pipeline / "unet").iterdir())
     size = network["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
-    classes = network.get("num_class_embeds") or 0  # of which the last is the null class in a stock network
+    classes = network.get("num_class_embeds") or 0  # in a stock network, the last is the null class
     return {
         "height": height,
         "width": width,
@@ -99,7 +99,7 @@ def read_pipeline(pipeline: Path) -> dict[str, Any]:
 
 
 def read_run(run: Run, pipeline: Path) -> dict[str, Any]:
-    """What the template is told of a run: its recipe, plan, picture, steps and time."""
+    """Read what the template shows of a run: its recipe, plan, picture, steps and duration."""
     recipe = run.read_config()
     recipe = {key: value for key, value in recipe.items() if key not in PRIVATE}
     data = recipe["data"]
@@ -118,18 +118,22 @@ def read_run(run: Run, pipeline: Path) -> dict[str, Any]:
 
 
 def trained_steps(pipeline: Path) -> float:
-    """After how many optimizer steps the pipeline of a run was saved; infinity where it does not say."""
+    """Return the number of optimizer steps after which a pipeline was saved; infinity where its folder does not say."""
     file = pipeline / TRAINING
     return read_json(file)["step"] if file.exists() else math.inf
 
 
 def trained_entries(run: Run, pipeline: Path) -> list[dict[str, Any]]:
-    """The log of a run up to when a pipeline was saved."""
+    """Return the entries of the log of a run up to the step at which a pipeline was saved."""
     return [entry for entry in run.read_metrics() if entry["step"] <= trained_steps(pipeline)]
 
 
 def find_picture(run: Run, pipeline: Path) -> Path | None:
-    """The newest sample grid that was drawn up to when a pipeline was saved; None for averages that draw no grids."""
+    """Find the newest sample grid that was drawn before a pipeline was saved, or with it.
+
+    Returns:
+        The file; None where there is no grid, or the pipeline holds an average that draws none.
+    """
     if is_other_average(pipeline):
         return None
     steps = [step for step in run.steps(run.samples) if step <= trained_steps(pipeline)]
@@ -141,7 +145,7 @@ def find_picture(run: Run, pipeline: Path) -> Path | None:
 
 
 def read_held_out_loss(run: Run, pipeline: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
-    """type, name, value and protocol of the last loss on images held out, where that of this average was measured."""
+    """Return type, name, value and protocol of the last held-out loss; [] where it was not measured of this average."""
     held_out = [entry for entry in trained_entries(run, pipeline) if "held_out_loss" in entry]
     if not held_out or is_other_average(pipeline):
         return []
@@ -154,12 +158,12 @@ def read_held_out_loss(run: Run, pipeline: Path, recipe: dict[str, Any]) -> list
 
 
 def read_evaluation(run: Run | None, pipeline: Path) -> dict[str, Any]:
-    """The evaluation.json of a pipeline folder, or of its run, as earlier versions wrote it.
+    """Read the evaluation.json of a pipeline folder or of its run, where earlier versions wrote it.
 
-    What was measured on other weights than those of the folder is left out, and a sentence says so.
+    Metrics of other weights than those in the pipeline folder are left out, and a printed sentence says so.
 
     Returns:
-        The content, with only the metrics of these weights; {} where there is none.
+        The content, with only the metrics of these weights; {} where there is no evaluation of them.
 
     Raises:
         ValueError: where the file cannot be read, has another shape, or a metric is not finite.
@@ -189,19 +193,19 @@ def read_evaluation(run: Run | None, pipeline: Path) -> dict[str, Any]:
 
 
 def is_other_average(pipeline: Path) -> bool:
-    """Whether a pipeline of a run holds an average that was made after training, and is not shown by its log."""
+    """Whether a pipeline of a run holds an average that was made after training, which the log does not describe."""
     return pipeline.name.startswith("ema-")
 
 
 def describe_average(pipeline: Path, recipe: dict[str, Any]) -> str:
-    """Which average of the weights a pipeline folder of a run holds."""
+    """Say which average of the weights a pipeline folder of a run holds."""
     if is_other_average(pipeline):
         return f"power-function average, sigma_rel {pipeline.name.removeprefix('ema-')} (Karras et al. 2024)"
     return f"exponential moving average, decay {recipe['ema_decay']} with warm-up of power {recipe['ema_power']:.3g}"
 
 
 def training_seconds(entries: list[dict[str, Any]], batch_size: int) -> float:
-    """Time of a run, with its checkpoints and samples and without interruptions, from its log."""
+    """Compute the seconds that a run took from its log, with its checkpoints and samples but without interruptions."""
     timed = [entry for entry in entries if "images_per_second" in entry]
     steps = [entry["step"] for entry in timed]
     done = [step - before for before, step in zip([0, *steps], steps, strict=False)]

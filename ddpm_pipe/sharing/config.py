@@ -1,4 +1,4 @@
-"""What is shared, where, and what its card says of licences."""
+"""The config of `push`: what is shared, where, and which licences its card names."""
 
 from ddpm_pipe.config import Config, Place
 
@@ -11,11 +11,11 @@ class PushConfig(Config):
     repo: str
     """repository on the Hub, as org/name"""
     public: bool = False
-    """let everyone see it; it is private otherwise"""
+    """let everyone see the repository; it is private otherwise"""
     pipeline: str = "pipeline"
-    """which pipeline folder of the run, as ema-0.05"""
+    """name of the pipeline folder in the run, such as ema-0.05"""
     revision: str | None = None
-    """branch to push to; it is made where it does not exist"""
+    """branch to push to; it is created if it does not exist"""
     license: str | None = None
     """licence of the weights, as the Hub names licences"""
     dataset: str | None = None
@@ -23,4 +23,4 @@ class PushConfig(Config):
     dataset_license: str | None = None
     """licence of the training data"""
     dry_run: bool = False
-    """print what would be pushed and push nothing"""
+    """print which files would be pushed, and push nothing"""

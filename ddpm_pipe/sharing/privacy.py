@@ -1,4 +1,4 @@
-"""What others are told of this machine: nothing. Paths are cut to their last part."""
+"""Keep the paths of this machine out of what is shared: each is cut to its last part."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,10 @@ from huggingface_hub.utils import validate_repo_id
 
 
 def shared_name(place: str) -> str:
-    """What others are told of where a model or data are: the id of a repository; of a path, whether or not it is there
-    now, only the last part."""
+    """Return the name under which others are told of a model or data.
+
+    This is the id of a repository on the Hub, or only the last part of a path, whether or not the path exists now.
+    """
     try:
         validate_repo_id(place)
         is_id = not Path(place).exists()
@@ -20,7 +22,10 @@ def shared_name(place: str) -> str:
 
 
 def write_json(content: Any, file: Path) -> None:
-    """Write JSON without what concerns this machine alone: where a part was loaded from, and absolute paths."""
+    """Write JSON without what concerns this machine alone.
+
+    The entries that say where a part was loaded from are left out, and absolute paths are cut to their last part.
+    """
 
     def shared(value: Any) -> Any:
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Sharing a run on the Hub: a pipeline of it, its card, its picture and its evaluation, and nothing else."""
+"""Share a run on the Hub: one of its pipelines with its card, picture and evaluation, and nothing else."""
 
 import shlex
 import shutil
@@ -16,14 +16,14 @@ from ddpm_pipe.sharing.upload import refuse_links, stage_pipeline, upload
 
 
 def push(config: PushConfig) -> str | None:
-    """Push a run to the Hub; what is there already is not pushed again, and a push without news makes no commit.
+    """Push a run to the Hub; files that are already there are not pushed again, and without changes there is no commit.
 
     Returns:
-        The address of the repository, None for a dry run.
+        The address of the repository; None for a dry run.
 
     Raises:
-        PushError: where the Hub cannot be reached or refuses; the run is as it was and the push can be repeated.
-        ValueError: where the folder holds no run or no such pipeline, or a public repository would get a private run.
+        PushError: where the Hub cannot be reached or refuses; the run is unchanged, and the push can be repeated.
+        ValueError: where the folder holds no run or no such pipeline, or the repository is public and the push is not.
     """
     with tempfile.TemporaryDirectory() as folder:
         stage(config, Path(folder))
@@ -35,7 +35,7 @@ def push(config: PushConfig) -> str | None:
 
 
 def stage(config: PushConfig, folder: Path) -> None:
-    """Copy into an empty folder what of a run is shared, and write its card there.
+    """Copy the files of a run that are shared into an empty folder, and write the model card there.
 
     Raises:
         ValueError: where there is no such pipeline, a file is a link, or the evaluation cannot be read.
@@ -65,27 +65,27 @@ def stage(config: PushConfig, folder: Path) -> None:
 
 
 def repeated(config: PushConfig) -> str:
-    """The command line that pushes the same again."""
+    """Return the command line that repeats this push."""
     given = config.model_dump(exclude_defaults=True)
     flags = [f"--{name}" if value is True else f"--{name} {shlex.quote(value)}" for name, value in given.items()]
     return f"ddpm-pipe push {' '.join(flags)}"
 
 
 def upload_run(config: PushConfig, folder: Path) -> str:
-    """Upload what is staged of a run; raises as `upload`."""
+    """Upload the staged files of a run and return the address; errors are those of `upload`."""
     message = f"Push {config.pipeline} of {Path(config.run).name}"
     return upload(folder, config.repo, message, repeated(config), config.public, config.revision)
 
 
 class Pusher:
-    """Pushes a run from time to time while it goes on: in the background, and a failure is only told."""
+    """Pushes a run in the background while it is training; a push that fails is only reported."""
 
     def __init__(self, config: PushConfig):
         self.config, self.api = config, HfApi()
         self.last: Future | None = None
 
     def push(self) -> None:
-        """Start a push of what is saved now; left out where the one before is still under way."""
+        """Start a push of what is saved now, unless the previous one is still under way."""
         if self.last is not None and not self.last.done():
             print(f"the last push to {self.config.repo} is still under way; this one is left out.")
             return
@@ -105,7 +105,7 @@ class Pusher:
         self.last = self.api.run_as_future(upload_and_delete)
 
     def finish(self) -> None:
-        """Wait for the push under way and say where it failed."""
+        """Wait for the push that is under way, and print its error if it failed."""
         if self.last is not None:
             error = self.last.exception()
             if error is not None:

@@ -1,4 +1,4 @@
-"""A pipeline folder on its way to the Hub: what of it is shared, and one commit with it."""
+"""Copy the files of a pipeline folder that are shared, and upload them to the Hub in one commit."""
 
 import shutil
 from pathlib import Path
@@ -11,8 +11,10 @@ from ddpm_pipe.sharing.privacy import write_json
 from ddpm_pipe.weights import CODE_FILES, CONFIGS, WEIGHTS, read_json
 
 STALE = [*CONFIGS, *WEIGHTS, *CODE_FILES, PICTURE, EVALUATION]
-"""What an earlier push may have left in the repository; deleted there where it is no longer part of the push. Other
-files of the repository are left alone."""
+"""Files that an earlier push may have left in the repository.
+
+A push deletes those that it does not contain itself, and leaves all other files of the repository alone.
+"""
 
 
 class PushError(ValueError):
@@ -37,7 +39,7 @@ def stage_pipeline(pipeline: Path, folder: Path) -> None:
 
 
 def refuse_links(file: Path, top: Path) -> None:
-    """Raise ValueError where a file, or a folder between it and `top`, is a link: it may lead anywhere."""
+    """Raise ValueError where a file, or a folder between it and `top`, is a link, because a link may lead anywhere."""
     for path in (file, *file.parents):
         if path == top:
             return
@@ -55,21 +57,24 @@ def upload(
     token: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Make the repository where it does not exist, commit a staged folder to it and print its address.
+    """Create the repository if it does not exist, commit a staged folder to it and print its address.
 
     Args:
-        folder: holds what the repository shall hold.
-        repo: as org/name.
-        message: of the commit.
-        repeat: how to push the same again, for the error.
-        public: let everyone see it.
-        revision: branch to push to; made where it does not exist.
-        token: of the Hub; None is that of the login.
-        create_pr: open a pull request instead of a commit.
+        folder: the staged folder, whose files the repository gets.
+        repo: the repository, as org/name.
+        message: message of the commit.
+        repeat: the command or call that repeats the push, for the error message.
+        public: let everyone see the repository.
+        revision: branch to push to; it is created if it does not exist.
+        token: access token of the Hub; None uses that of the login.
+        create_pr: open a pull request instead of committing to the branch.
+
+    Returns:
+        The address of the repository.
 
     Raises:
         PushError: where the Hub cannot be reached or refuses.
-        ValueError: where the repository is public and the push is not.
+        ValueError: where the repository is public and `public` is false.
     """
     api = HfApi(token=token)
     try:
@@ -86,7 +91,7 @@ def upload(
                 create_pr=create_pr,
                 delete_patterns=STALE,
             )
-    except Exception as error:  # of the HTTP library that this version of the client has, or its own
+    except Exception as error:  # the client's own, or those of its HTTP library, which depends on its version
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise PushError(f"the push to {repo} failed ({reason}); nothing was lost, repeat it with: {repeat}") from error
     if exposed:
