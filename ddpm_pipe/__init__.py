@@ -1,4 +1,4 @@
-"""Train pixel-space diffusion models on your own images, know how good they are, and share them."""
+"""Train pixel-space diffusion models on your own images, measure how good they are, and share them."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,8 @@ HOMES = {
     "DDPMScheduler": "schedulers",
     "DDPMUNet2DModel": "unet",
 }
-"""Where each public class lies. It is imported when it is first asked for: a command need not wait for torch."""
+"""The module of each public class. A class is imported when it is first asked for, so that `--help` need not wait for
+torch."""
 
 
 def __getattr__(name: str) -> Any:

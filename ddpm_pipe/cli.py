@@ -1,6 +1,7 @@
-"""The commands: `ddpm-pipe train | generate | evaluate | average | push | convert`, each a config and a function of it.
+"""The commands `ddpm-pipe train | generate | evaluate | average | push | convert`.
 
-What needs torch is imported when a command runs: `--help` answers at once.
+Each command is a config and a function that takes it. Modules that need torch are imported only when a command runs,
+so that `--help` answers at once.
 """
 
 import sys
@@ -15,7 +16,7 @@ from ddpm_pipe.config import FILE_SUFFIXES, parse
 
 
 class Command(NamedTuple):
-    """Where a command lies, as `module:name`."""
+    """The config and the function of a command, each as `module:name`, and its line of help."""
 
     config: str
     function: str
@@ -38,7 +39,7 @@ PRESETS = Path(str(files("ddpm_pipe"))) / "presets"
 
 
 def usage() -> str:
-    """What `ddpm-pipe --help` prints."""
+    """Return the text that `ddpm-pipe --help` prints."""
     lines = [f"  {name:10}{command.help}" for name, command in COMMANDS.items()]
     presets = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
     return "\n".join(
@@ -54,7 +55,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None, **defaults: Any) -> None:
-    """Run a command; what the package refuses ends in one sentence and the exit code 2.
+    """Run a command. Where the package refuses its input, print one sentence and exit with code 2.
 
     Args:
         argv: the command line without the program; None takes that of this process.
@@ -80,7 +81,7 @@ def run(name: str, argv: list[str], defaults: dict[str, Any]) -> None:
     """Parse the config of a command and call its function.
 
     Raises:
-        ValueError: for an unknown command, or a config that cannot be.
+        ValueError: for an unknown command, or an invalid config.
     """
     if name not in COMMANDS:
         raise ValueError(f"there is no such command; use one of {', '.join(COMMANDS)}.")
@@ -93,10 +94,10 @@ def run(name: str, argv: list[str], defaults: dict[str, Any]) -> None:
 
 
 def preset(name: str) -> Path:
-    """The file of a preset.
+    """Return the file of a preset.
 
     Raises:
-        ValueError: where there is none of this name.
+        ValueError: where no preset has this name.
     """
     path = PRESETS / f"{name}.yaml"
     if not path.exists():
@@ -108,15 +109,16 @@ def preset(name: str) -> Path:
 
 
 def load(place: str) -> Any:
-    """What `module:name` stands for."""
+    """Import and return the object that `module:name` names."""
     module, _, name = place.partition(":")
     return getattr(import_module(f"ddpm_pipe.{module}"), name)
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether this package raised an error itself; that of a library is a bug, and keeps its traceback.
+    """Return whether this package raised the error itself, or it is an OSError.
 
-    What the system says of files and networks is no bug.
+    An error that a library raised is a bug and keeps its traceback. An OSError is none: the system raises it for files
+    and networks.
     """
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return isinstance(error, OSError) or frame.f_globals.get("__name__", "").split(".")[0] == "ddpm_pipe"

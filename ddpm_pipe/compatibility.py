@@ -1,6 +1,6 @@
-"""Schedulers in the place of a model's own: which of them can sample it, and at which timesteps.
+"""Checks of a scheduler that replaces a model's own: whether it can sample the model, and at which timesteps.
 
-diffusers lets any scheduler be plugged into any pipeline, and many then draw wrong images without a word.
+diffusers lets any scheduler be plugged into any pipeline, and many then draw wrong images without a warning.
 """
 
 import inspect
@@ -17,12 +17,12 @@ from ddpm_pipe.prediction import PREDICTIONS
 def check_scheduler(scheduler: SchedulerMixin, own: SchedulerMixin) -> None:
     """Raise unless `scheduler` can sample a network that was trained with `own`.
 
-    It must have the noise levels of that chain (`alphas_cumprod`), give the network's output the same meaning, need no
-    more for a step than that output, the timestep and x_t, and go from noise to an image. Schedulers of flow matching,
-    EDM, score SDEs and tokens have other noise levels or none; some invert images, others inpaint.
+    The scheduler must have the noise levels of that chain (`alphas_cumprod`), give the network's output the same
+    meaning, need nothing for a step but that output, the timestep and x_t, and go from noise to an image. Schedulers of
+    flow matching, EDM, score SDEs and tokens have other noise levels or none; others invert images or inpaint.
 
     Raises:
-        ValueError: one sentence that names the scheduler and what is in the way.
+        ValueError: where it cannot; the sentence names the scheduler and the reason.
     """
     name = f"scheduler={type(scheduler).__name__}"
     levels, own_levels = (getattr(each, "alphas_cumprod", torch.empty(0)).cpu() for each in (scheduler, own))
@@ -43,22 +43,22 @@ def check_scheduler(scheduler: SchedulerMixin, own: SchedulerMixin) -> None:
 
 
 def _needed(scheduler: SchedulerMixin) -> str:
-    """What `step` needs besides the network's output, the timestep and x_t."""
+    """Return the names of what `step` needs besides the network's output, the timestep and x_t."""
     given = ("model_output", "timestep", "sample")
     parameters = [p for p in inspect.signature(scheduler.step).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    # without prev_timestep, which has a default, UnCLIPScheduler goes to t - 1 whatever timestep comes next
+    # prev_timestep has a default, but without it UnCLIPScheduler goes to t - 1 whatever timestep comes next
     needed = [p for p in parameters if p.name not in given and (p.default is p.empty or p.name == "prev_timestep")]
     return ", ".join(p.name for p in needed)
 
 
 def set_timesteps(scheduler: SchedulerMixin, count: int | None, timesteps: Sequence[int] | None) -> Tensor:
-    """Set the timesteps, `count` of them or those given, all T of the training chain where both are None.
+    """Set the scheduler's timesteps: `count` of them, or the given ones, or all T of the training chain for neither.
 
     Returns:
-        What the scheduler makes of them, on the CPU; for some it has more than one entry for a timestep.
+        The scheduler's timesteps, (n,), on the CPU; some schedulers list a timestep more than once.
 
     Raises:
-        ValueError: where it cannot honour them, in one sentence.
+        ValueError: where the scheduler cannot honour them, in one sentence.
     """
     name, steps = type(scheduler).__name__, scheduler.config.num_train_timesteps
     choice: dict = {"num_inference_steps": steps if count is None else count}
@@ -74,7 +74,7 @@ def set_timesteps(scheduler: SchedulerMixin, count: int | None, timesteps: Seque
         choice = {"timesteps": falling_timesteps(timesteps, steps)}
     try:
         scheduler.set_timesteps(**choice, device="cpu")
-    except (ValueError, TypeError, IndexError) as error:  # of a scheduler of diffusers, which has limits of its own
+    except (ValueError, TypeError, IndexError) as error:  # diffusers' schedulers have limits of their own
         ((argument, value),) = choice.items()
         reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(f"{argument}={value} does not suit {name}: {reason}.") from error
@@ -83,7 +83,7 @@ def set_timesteps(scheduler: SchedulerMixin, count: int | None, timesteps: Seque
 
 
 def _check_path(scheduler: SchedulerMixin) -> None:
-    """Raise where the timesteps that are set do not fall, or the first is given another noise level than its own."""
+    """Raise ValueError where the set timesteps do not decrease, or the first has another noise level than its own."""
     name, timesteps = f"scheduler={type(scheduler).__name__}", scheduler.timesteps
     if len(timesteps) > 1 and not timesteps[0] > timesteps[-1]:
         spacing = scheduler.config.get("timestep_spacing")
@@ -93,7 +93,7 @@ def _check_path(scheduler: SchedulerMixin) -> None:
         )
     if hasattr(scheduler, "sigmas"):
         first, levels = float(timesteps[0]), scheduler.alphas_cumprod
-        around = [levels[min(int(first) + i, len(levels) - 1)].item() for i in (0, 1)]  # some are between timesteps
+        around = [levels[min(int(first) + i, len(levels) - 1)].item() for i in (0, 1)]  # t may be fractional
         level = 1 / (1 + float(scheduler.sigmas[0]) ** 2)
         if not min(around) - 0.05 < level < max(around) + 0.05:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""A config: a pydantic model whose fields are at once the keys of a YAML or JSON file and the flags of a command."""
+"""Configs: pydantic models whose fields are both the keys of a YAML or JSON file and the flags of a command."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 
 def _number(value: Any) -> Any:
-    """A number of any library as one of Python; true and false are none."""
+    """Convert a number of any library to one of Python, and refuse true and false."""
     if isinstance(value, bool):
         raise PydanticCustomError("truth", "Input should be a number, not true or false")
     if isinstance(value, Integral):
@@ -52,11 +52,11 @@ Share = Annotated[Float, Field(ge=0, lt=1)]
 Place = Annotated[str, Field(min_length=1), BeforeValidator(_as_text)]
 """A path, or the id of a repository on the Hub."""
 JsonDict = Annotated[dict[str, Any], BeforeValidator(_from_json)]
-"""A mapping, which a flag gives as JSON."""
+"""A mapping; a flag gives it as JSON."""
 
 T = TypeVar("T")
 Listed = Annotated[list[T], BeforeValidator(_listed)]
-"""A list, also given as a single value or with commas between its values."""
+"""A list, which may also be given as a single value or as values with commas between them."""
 
 Size = Annotated[Listed[PositiveInt], Field(min_length=1, max_length=2)]
 """[size] or [height, width], in pixels."""
@@ -66,10 +66,10 @@ Size = Annotated[Listed[PositiveInt], Field(min_length=1, max_length=2)]
 
 
 class Config(BaseModel):
-    """What all configs have in common: they cannot change, and their values are checked wherever these come from.
+    """The base of all configs. A config cannot change, and its values are checked wherever they come from.
 
     Raises:
-        ValueError: one sentence that names a key that is unknown or missing, or whose value cannot be.
+        ValueError: one sentence that names a key that is unknown or missing, or whose value is invalid.
     """
 
     model_config = ConfigDict(
@@ -89,7 +89,7 @@ class Config(BaseModel):
 
     @classmethod
     def _sentence(cls, error: ErrorDetails) -> str:
-        """What is wrong with one key."""
+        """Return a sentence that says what is wrong with one key."""
         name, value = str(next(iter(error["loc"]), "")), error["input"]
         if error["type"] == "value_error":
             return str(error["ctx"]["error"])
@@ -101,22 +101,22 @@ class Config(BaseModel):
 
     @classmethod
     def sections(cls) -> dict[str, list[str]]:
-        """Headings -> names of fields: the classes that a config inherits from are the sections of its file."""
+        """Return heading -> names of fields. Each class that a config inherits from is a section of its file."""
         classes = [each for each in cls.__mro__ if issubclass(each, Config) and each is not Config]
         names = {each: [name for name in each.__annotations__ if name in cls.model_fields] for each in classes}
         return {(each.__doc__ or "").partition("\n")[0]: fields for each, fields in names.items() if fields}
 
     @classmethod
     def names(cls) -> list[str]:
-        """The names of all fields, section after section."""
+        """Return the names of all fields, section after section."""
         return [name for names in cls.sections().values() for name in names]
 
     def replace(self, **changes: Any) -> Self:
-        """The same config with other values, which are checked."""
+        """Return the same config with some values replaced; the new values are checked."""
         return type(self)(**dict(self) | changes)
 
     def to_yaml(self) -> str:
-        """The text of a config file, section after section."""
+        """Return the text of a config file, section after section."""
         values = self.model_dump(mode="json")
         return yaml.safe_dump({name: values[name] for name in self.names()}, sort_keys=False)
 
@@ -130,16 +130,16 @@ FILE_SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file.
+    """Return the mapping in a YAML or JSON file.
 
     Raises:
-        ValueError: where there is no such file or it holds no mapping.
+        ValueError: where the file cannot be read or holds no mapping.
     """
     try:
         values = yaml.safe_load(path.read_text())  # JSON is YAML
     except OSError as error:
         raise ValueError(f"config file {str(path)!r} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError for bytes that are no text, and days that do not exist
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are not text, or a date that does not exist
         reason = " ".join(str(error).split())
         raise ValueError(f"config file {str(path)!r} is not valid YAML or JSON: {reason}.") from error
     if not isinstance(values, dict):
@@ -149,12 +149,12 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print below a page of usage."""
+        """Raise ValueError with the message that argparse would print below a page of usage."""
         raise ValueError(f"{message}.")
 
 
 def make_parser(config_class: type[Config], prog: str | None = None) -> _Parser:
-    """A parser with a flag for each field; it checks nothing and leaves out what is not given."""
+    """Make a parser with a flag for each field. It checks no values, and it leaves out fields that are not given."""
     usage = "%(prog)s [config.yaml] [--key value ...]"
     parser = _Parser(prog=prog, usage=usage, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for heading, names in config_class.sections().items():
@@ -166,7 +166,7 @@ def make_parser(config_class: type[Config], prog: str | None = None) -> _Parser:
 
 
 def _help(field: FieldInfo) -> str:
-    """What `--help` says of a field: its docstring, its choices and its default."""
+    """Return what `--help` says of a field: its docstring, its choices and its default."""
     choices = [choice for kind in (field.annotation, *get_args(field.annotation)) for choice in _choices(kind)]
     one_of = f"; one of {', '.join(choices)}" if choices else ""
     default = field.get_default(call_default_factory=True)
@@ -179,25 +179,25 @@ def _choices(kind: Any) -> list[str]:
 
 
 def _arity(name: str, field: FieldInfo) -> dict[str, Any]:
-    """How many values a flag takes: a truth may be left out, a list may have several."""
+    """Return how many values a flag takes: that of a boolean may be left out, and a list may have several."""
     if _mentions(field.annotation, bool):
         return {"nargs": "?", "const": "true", "metavar": "true|false"}
     return {"nargs": "+" if _mentions(field.annotation, list) else None, "metavar": name.upper()}
 
 
 def _mentions(annotation: Any, kind: type) -> bool:
-    """Whether a type is another one, a union with it, or made of it."""
+    """Return whether a type is `kind`, a union with it, or a container of it."""
     return kind in (annotation, get_origin(annotation)) or any(_mentions(part, kind) for part in get_args(annotation))
 
 
 def _underscored(word: str) -> str:
-    """A flag with - in its name as the one with _."""
+    """Replace each - in the name of a flag with _."""
     flag, equals, value = word.partition("=")
     return flag.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
 
 
 def parse(config_class: type[C], argv: Sequence[str], prog: str | None = None, **defaults: Any) -> C:
-    """Make a config of: a file named by the first argument, then flags (which win), then `defaults`.
+    """Make a config. Flags win over the file that the first argument may name, and the file wins over `defaults`.
 
     Args:
         config_class: its fields are the keys of the file and the flags.
@@ -206,7 +206,7 @@ def parse(config_class: type[C], argv: Sequence[str], prog: str | None = None, *
         defaults: values that replace the class' own defaults.
 
     Raises:
-        ValueError: for unknown keys of the file or flags, naming the accepted ones, and for values that cannot be.
+        ValueError: for unknown keys of the file or flags, naming the accepted ones, and for invalid values.
     """
     argv, known, values = list(argv), config_class.names(), dict(defaults)
     if argv and argv[0].endswith(FILE_SUFFIXES):

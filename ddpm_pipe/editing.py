@@ -1,6 +1,6 @@
-"""More from a trained model: interpolation, image-to-image, inpainting and the noise of a given image.
+"""Interpolation, image-to-image, inpainting and inversion with a trained model.
 
-Each is a pipeline built of the parts of another one, the same objects: `InpaintPipeline.from_pipe(pipeline)`.
+Each is a pipeline that shares the network and the scheduler of another one: `InpaintPipeline.from_pipe(pipeline)`.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ USE_OURS = "use DDIMScheduler.from_config(pipeline.scheduler.config) of ddpm_pip
 
 
 class InterpolationPipeline(DDPMPipeline):
-    """Images between those of two noises, by deterministic DDIM (Song et al. 2021, section 5.3)."""
+    """Draw images between those of two noises with deterministic DDIM (Song et al. 2021, section 5.3)."""
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]  # each takes arguments of its own
@@ -43,11 +43,11 @@ class InterpolationPipeline(DDPMPipeline):
         return_dict: bool = True,
         sample: Tensor | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """`count` images from one end to the other; the ends are the plain DDIM images of their noises.
+        """Draw `count` images from one end to the other; the ends are the plain DDIM images of their noises.
 
         Args:
-            count: number of images, at least 2, equal angles apart.
-            generator: of the two noises; a list has one for each end.
+            count: number of images, at least 2, spaced by equal angles.
+            generator: source of the two noises; a list has one for each end.
             sample: the two noises themselves, (2, C, H, W); None draws them.
             num_inference_steps, class_labels, guidance_scale, output_type, return_dict: as for a plain pipeline of
                 `count` images.
@@ -73,7 +73,7 @@ class InterpolationPipeline(DDPMPipeline):
 
 
 class _FromImagesPipeline(DDPMPipeline):
-    """What draws one image for each given one: all that is the same whatever is done with it."""
+    """The base of the pipelines that draw one image for each given one."""
 
     def _edit(
         self,
@@ -87,12 +87,12 @@ class _FromImagesPipeline(DDPMPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
-        """What a call returns.
+        """Check the conditions, draw images with `draw`, and return what a call returns.
 
         Args:
             given: images (B, C, H, W).
-            draw: (timesteps, noise, run) -> images (B, C, H, W) in [0, 1]: `noise()` draws N(0, I) of their shape, and
-                `run` is `_run` with labels and guidance, of a start and the timesteps to go through from there.
+            draw: (timesteps, noise, run) -> images (B, C, H, W) in [0, 1]. `noise()` draws N(0, I) of their shape, and
+                `run(start, timesteps)` is `_run` with labels and guidance.
             generator, num_inference_steps, eta, class_labels, guidance_scale, output_type, return_dict: as for a plain
                 pipeline of B images.
         """
@@ -105,18 +105,18 @@ class _FromImagesPipeline(DDPMPipeline):
 
 
 class ImageToImagePipeline(_FromImagesPipeline):
-    """Images like a given one: noise is added to it and taken away again (SDEdit, Meng et al. 2022, Algorithm 1)."""
+    """Draw images like a given one: add noise to it and remove that again (SDEdit, Meng et al. 2022, Algorithm 1)."""
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]
         self, image: Images, strength: float = 0.5, **options: Any
     ) -> ImagePipelineOutput | tuple:
-        """One image for each given one.
+        """Draw one image for each given one.
 
         Args:
             image: PIL images, which are fitted to the network's size, or (B, C, H, W) in [0, 1].
-            strength: share of the chosen timesteps that is gone through, in (0, 1]: little changes near 0, and near 1
-                all but nothing of the image is left.
+            strength: share of the chosen timesteps to go through, in (0, 1]: near 0 little changes, and near 1 almost
+                nothing of the image is left.
             options: generator, num_inference_steps, eta, class_labels, guidance_scale, output_type and return_dict, as
                 for a plain pipeline of B images.
 
@@ -135,9 +135,9 @@ class ImageToImagePipeline(_FromImagesPipeline):
         return self._edit(given, draw, **options)
 
     def _begin_late(self, timesteps: Tensor, strength: float) -> Tensor:
-        """The timesteps without the first 1 - strength of them, at least one; the scheduler is told where that is."""
+        """Return the last share `strength` of the timesteps, at least one, and tell the scheduler where they begin."""
         scheduler, order = self.scheduler, self.scheduler.order
-        count = (len(timesteps) + order - 1) // order  # those of order 2 have each timestep but the first twice
+        count = (len(timesteps) + order - 1) // order  # schedulers of order 2 list each timestep but the first twice
         begin = (count - max(round(strength * count), 1)) * order
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(begin)
@@ -147,21 +147,21 @@ class ImageToImagePipeline(_FromImagesPipeline):
 
 
 class InpaintPipeline(_FromImagesPipeline):
-    """A part of an image drawn anew to fit the rest (RePaint, Lugmayr et al. 2022, Algorithm 1)."""
+    """Draw a part of an image anew so that it fits the rest (RePaint, Lugmayr et al. 2022, Algorithm 1)."""
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]
         self, image: Images, mask: Images, jump_length: int = 10, resamplings: int = 10, **options: Any
     ) -> ImagePipelineOutput | tuple:
-        """One image for each given one; where the mask is 0 it is exactly the given one.
+        """Draw one image for each given one; where the mask is 0, the result is exactly the given image.
 
         Args:
             image: PIL images, which are fitted to the network's size, or (B, C, H, W) in [0, 1].
-            mask: where to draw: 1 (white) is drawn, 0 (black) is kept, from 1/2 on counts as 1; one for all images or
-                one per image, as PIL images or (B, 1, H, W).
-            jump_length: j, how many steps are gone back at once, 1 to num_inference_steps - 1.
-            resamplings: U or r, how often each stretch is gone through, at least 1: more of them fit the new part
-                better to the rest, and take about as many times longer.
+            mask: 1 (white) where to draw and 0 (black) where to keep; values of at least 1/2 count as 1. One mask for
+                all images or one per image, as PIL images or (B, 1, H, W).
+            jump_length: j, how many steps each jump goes back, 1 to num_inference_steps - 1.
+            resamplings: U or r, how often each stretch of j steps is run, at least 1; more runs fit the new part better
+                to the rest and take about as many times longer.
             options: generator, num_inference_steps, eta, class_labels, guidance_scale, output_type and return_dict, as
                 for a plain pipeline of B images.
 
@@ -179,11 +179,11 @@ class InpaintPipeline(_FromImagesPipeline):
             path = timesteps[torch.tensor(order, device=timesteps.device)]
 
             def keep(pipeline: DiffusionPipeline, i: int, t: Tensor, tensors: dict) -> dict:
-                """Lines 4 to 10: x_s of the given image where it is kept; then back, if the next timestep is."""
+                """Lines 4 to 10: put in x_s of the given image where it is kept; go back if the next timestep does."""
                 alpha_bar_s = self.scheduler.alpha_bar(self.scheduler.previous_timestep(t))
                 x = torch.where(drawn, tensors["sample"], add_noise(2 * given - 1, noise(), alpha_bar_s))
                 if i + 1 < len(order) and order[i + 1] <= order[i]:
-                    alpha = self.scheduler.alpha_bar(path[i + 1]) / alpha_bar_s  # of q(x_t | x_s), as one step
+                    alpha = self.scheduler.alpha_bar(path[i + 1]) / alpha_bar_s  # alpha of q(x_t | x_s), as one step
                     x = add_noise(x, noise(), alpha)
                 return {"sample": x}
 
@@ -193,24 +193,24 @@ class InpaintPipeline(_FromImagesPipeline):
 
 
 class InversionPipeline(DDPMPipeline):
-    """The noise that DDIM makes a given image of: its ODE backwards (Song et al. 2021, section 4.3 and 5.4)."""
+    """Find the noise of a given image with the ODE of DDIM backwards (Song et al. 2021, section 4.3 and 5.4)."""
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]
         self, image: Images, num_inference_steps: int | None = None, class_labels: Labels = None
     ) -> Tensor:
-        """x_T, float32 (B, C, H, W), to be given as `sample` to a pipeline with DDIM, eta 0, and the same timesteps.
+        """Return x_T, float32 (B, C, H, W), the `sample` for a pipeline with DDIM, eta 0 and the same timesteps.
 
-        What that draws, without guidance, differs from the image by a discretisation error: on the 28x28 pictures of
-        the default recipe 4.3, 2.3 and 1.0 levels of 255 (RMSE) with 50, 100 and 250 steps.
+        The image that this pipeline draws without guidance differs from the given one by a discretisation error: on the
+        28x28 pictures of the default recipe, its RMSE is 4.3, 2.3 and 1.0 levels of 255 with 50, 100 and 250 steps.
 
         Args:
             image: PIL images, which are fitted to the network's size, or (B, C, H, W) in [0, 1].
             num_inference_steps: 1 to T; None takes all T timesteps of the training chain.
-            class_labels: one class for all images or one per image; None is without a class.
+            class_labels: one class for all images or one per image; None inverts without a class.
 
         Raises:
-            ValueError: for a scheduler that is not DDIM of this package without clipping, which cannot be undone, or an
+            ValueError: for a scheduler that is not this package's DDIM, for clipping, which cannot be undone, or for an
                 argument that cannot be honoured, naming it.
         """
         check_ddim(self.scheduler)
@@ -221,7 +221,7 @@ class InversionPipeline(DDPMPipeline):
         x = 2 * read_images("image", image, self.image_shape).to(self._execution_device) - 1
         denoise, _ = self._conditions(len(x), None, class_labels)
         row = PREDICTIONS[self.scheduler.config.prediction_type]
-        # the network knows no cleaner image than that of timestep 0, so the given one is taken for it
+        # the network knows no cleaner image than that of timestep 0, so the given image stands for it
         rising = [0, *(t for t in reversed(self._choose_timesteps(num_inference_steps).tolist()) if t > 0)]
         levels = torch.tensor(rising, device=x.device)
         x0 = torch.zeros_like(x)
@@ -233,13 +233,13 @@ class InversionPipeline(DDPMPipeline):
         return x
 
 
-# ---------------------------------------------------------------- what they are made of
+# ---------------------------------------------------------------- parts of these pipelines
 
 
 def slerp(first: Tensor, last: Tensor, share: Tensor) -> Tensor:
-    """Points on the arc between two tensors (Shoemake 1985; DDIM, appendix D.5), (n, ...) for n shares in [0, 1].
+    """Return points on the arc between two tensors, (n, ...) for n shares in [0, 1] (Shoemake 1985; DDIM, app. D.5).
 
-    On the straight line where the arc is not defined, between tensors of one direction or of opposite ones.
+    Where the tensors have the same or opposite directions, no arc is defined, and the points lie on the straight line.
     """
     a, b = first.double(), last.double()
     cosine = (a * b).sum() / (a.norm() * b.norm())
@@ -251,9 +251,10 @@ def slerp(first: Tensor, last: Tensor, share: Tensor) -> Tensor:
 
 
 def resampling_order(steps: int, jump_length: int, resamplings: int) -> list[int]:
-    """The steps of RePaint, 0 being the first from x_T and steps - 1 the last: Algorithm 1, and j as in section 4.2.
+    """Return the order of RePaint's steps (Algorithm 1, j as in section 4.2): 0 starts from x_T, steps - 1 is the last.
 
-    Stretches of j steps end before the last step and each j-th step before it; from the clean image none goes back.
+    One stretch of j steps ends before the last step, and one before each j-th step back from there. No jump starts from
+    the clean image.
 
     Raises:
         ValueError: for a jump longer than the chain, or resamplings below 1.
@@ -276,10 +277,10 @@ def resampling_order(steps: int, jump_length: int, resamplings: int) -> list[int
 
 
 def read_images(name: str, images: Images, shape: tuple[int, int, int]) -> Tensor:
-    """float32 (B, C, H, W) in [0, 1] of PIL images, fitted to `shape` (C, H, W) as in training, or of such tensors.
+    """Return images as float32 (B, C, H, W) in [0, 1]; PIL images are fitted to `shape`, (C, H, W), as in training.
 
     Raises:
-        ValueError: for anything else, naming the argument `name`.
+        ValueError: for anything but PIL images or tensors in [0, 1] of that shape, naming the argument `name`.
     """
     given: Any = torch.atleast_1d(images) if isinstance(images, Tensor) else images
     rows = list(given) if isinstance(given, (list, tuple, Tensor)) else [given]
@@ -305,12 +306,12 @@ def _from_pil(image: Image.Image, shape: tuple[int, int, int]) -> Tensor:
 
 
 def check_levels(scheduler: SchedulerMixin) -> None:
-    """Raise where the scheduler does not tell the noise level of a timestep and what follows it, as ours do."""
+    """Raise ValueError unless the scheduler tells the noise level and the successor of a timestep, as ours do."""
     if not (hasattr(scheduler, "alpha_bar") and hasattr(scheduler, "previous_timestep")):
         raise ValueError(f"scheduler={type(scheduler).__name__} lacks the noise levels of this package's; {USE_OURS}.")
 
 
 def check_ddim(scheduler: SchedulerMixin) -> None:
-    """Raise where the steps of the scheduler are not the deterministic ones of DDIM, ours or that of diffusers."""
+    """Raise ValueError unless the scheduler is deterministic DDIM, of this package or of diffusers."""
     if type(scheduler).__name__ != "DDIMScheduler":
         raise ValueError(f"scheduler={type(scheduler).__name__} is not deterministic DDIM; {USE_OURS}.")

@@ -1,4 +1,4 @@
-"""Processes and threads, as a launcher or a user chose them."""
+"""The processes and threads of a launch, as the launcher or the user chose them."""
 
 import os
 from collections.abc import Callable
@@ -13,32 +13,32 @@ from accelerate.utils import broadcast_object_list
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=30)
-"""How long processes wait for one that decodes, draws, compiles or uploads. Where one of them dies, the launcher ends
-the others: torchrun and `accelerate launch` do it at once, and kill after 30 seconds what does not end by itself."""
+"""How long processes wait for one that decodes, draws, compiles or uploads. Where one process dies, torchrun and
+`accelerate launch` tell the others to end at once, and kill those that have not ended after 30 seconds."""
 
 
 def processes() -> PartialState:
-    """The processes of this launch."""
-    # said outright, so that several processes on CPUs find each other
+    """Join the processes of this launch and return their state."""
+    # cpu is given explicitly, so that several processes on CPUs find each other
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
 
 
 def local_processes() -> int:
-    """How many processes of this launch run on this machine."""
+    """Return how many processes of this launch run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """A tensor of the CPU on a device; the copy to a GPU is only begun, from memory that the system does not move."""
+    """Copy a tensor from the CPU to a device; a copy to a GPU is asynchronous and starts from pinned memory."""
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 def from_main(function: Callable[[], T]) -> T:
-    """What `function` returns on the main process, on all processes; what it raises there is raised on all.
+    """Call `function` on the main process; return its result, or raise its error, on all processes.
 
-    Machines need not share a disk: what a file says is what the main process reads.
+    Machines need not share a disk, so files are to be read by the main process alone.
     """
     outcome: list[Any] = [None, None]
     if PartialState().is_main_process:
@@ -55,7 +55,7 @@ def from_main(function: Callable[[], T]) -> T:
 
 
 def use_all_cores() -> None:
-    """Use all cores where `accelerate launch` left a process one thread and nobody told it to."""
+    """Use all cores where `accelerate launch` gave a process one thread and the user did not ask for that."""
     left_one = os.environ.get("ACCELERATE_USE_CPU") == "False" and os.environ.get("OMP_NUM_THREADS") == "1"
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     if left_one and alone and not torch.accelerator.is_available() and not _launcher_was_told_threads():
@@ -63,10 +63,13 @@ def use_all_cores() -> None:
 
 
 def _launcher_was_told_threads() -> bool:
-    """Whether the user gave the launcher a number of threads: it hands its own on under the same name."""
+    """Return whether the user gave the launcher a number of threads.
+
+    Only the launcher's environment and flags tell: it always sets OMP_NUM_THREADS for the processes that it starts.
+    """
     try:
         launcher = psutil.Process(os.getppid())
         flags = " ".join(launcher.cmdline()).replace("-", "_")
         return "OMP_NUM_THREADS" in launcher.environ() or "num_cpu_threads_per_process" in flags
-    except psutil.Error:  # it ended, or may not be looked at
+    except psutil.Error:  # the launcher has ended, or may not be inspected
         return False

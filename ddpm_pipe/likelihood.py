@@ -1,6 +1,6 @@
-"""The variational bound on -log p(x0), term by term (DDPM eq. 5): Gaussians, and a decoder of 8-bit pixels.
+"""The variational bound on -log p(x0), term by term (DDPM eq. 5), with Gaussian steps and a decoder of 8-bit pixels.
 
-Images are in [-1, 1]; results are per image, in bits per dimension (one colour value of one pixel is a dimension).
+Images are in [-1, 1]. Results are per image, in bits per dimension; one colour value of one pixel is a dimension.
 """
 
 import math
@@ -15,22 +15,22 @@ from ddpm_pipe.schedulers import DDPMScheduler
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """KL(N(mean1, variance1) || N(mean2, variance2)) in nats, element by element, from log variances."""
+    """Return KL(N(mean1, variance1) || N(mean2, variance2)) in nats, element by element, from log variances."""
     difference = log_variance1 - log_variance2
     return 0.5 * (difference.exp() - 1 - difference + (mean1 - mean2) ** 2 * (-log_variance2).exp())
 
 
 def discretized_gaussian_log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """log of the mass that N(mean, variance) gives to the bin of each 8-bit value (DDPM eq. 13), in nats.
+    """Return the log of the mass that N(mean, variance) gives to the bin of each 8-bit value (DDPM eq. 13), in nats.
 
     Args:
         x0: pixels in [-1, 1], multiples of 2/255; the outermost bins reach to infinity.
-        mean, log_variance: of the decoder, broadcast over x0.
+        mean, log_variance: of the decoder's Gaussian; both broadcast over x0.
     """
-    # in float64: the differences and the gradients of log cdfs lose all digits of float32 far from the mean
+    # float64, since far from the mean the differences and gradients of log cdfs lose all digits of float32
     precision = (-0.5 * log_variance.double()).exp()
     upper, lower = (x0.double() - mean + 1 / 255) * precision, (x0.double() - mean - 1 / 255) * precision
-    # log(cdf(upper) - cdf(lower)), on the side of the mean where the difference of log cdfs keeps its digits
+    # this is log(cdf(upper) - cdf(lower)), on the side of the mean where the difference of log cdfs keeps its digits
     near, far = torch.where(upper + lower > 0, -lower, upper), torch.where(upper + lower > 0, -upper, lower)
     log_near, log_far = torch.special.log_ndtr(near), torch.special.log_ndtr(far)
     inner = log_near + torch.log(-torch.expm1((log_far - log_near).clamp(max=-1e-12)))
@@ -39,24 +39,24 @@ def discretized_gaussian_log_likelihood(x0: Tensor, mean: Tensor, log_variance: 
 
 
 def bits(nats: Tensor) -> Tensor:
-    """Mean over the dimensions of each image, in bits: (B, C, H, W) -> (B,)."""
+    """Convert nats (B, C, H, W) to bits per dimension (B,), the mean over the dimensions of each image."""
     return nats.flatten(1).mean(1) / math.log(2)
 
 
 def vlb_term(
     scheduler: DDPMScheduler, model_output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, clip: bool = True
 ) -> Tensor:
-    """L_{t-1} of DDPM eq. 5: KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)), and L_0 = -log p(x0 | x_1).
+    """Return L_{t-1} of DDPM eq. 5, KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)), or L_0 = -log p(x0 | x_1).
 
     Args:
-        scheduler: the chain, and the variance of the reverse kernel.
+        scheduler: gives the chain and the variance of the reverse kernel.
         model_output: the network's output for x_t, (B, C, H, W) or (B, 2C, H, W).
         x0, x_t: clean and noisy images, (B, C, H, W).
-        t: timesteps, (B,); 0 is the decoder's.
-        clip: clip the network's x0 as the scheduler's config says.
+        t: timesteps, (B,), counted from 0; for t = 0 the term is that of the decoder, L_0.
+        clip: whether to clip the network's x0 as the scheduler's config says.
 
     Returns:
-        bits per dimension, (B,).
+        The terms in bits per dimension, (B,).
     """
     s = t - 1
     kernel = scheduler.reverse_kernel(model_output, t, s, x_t, clip)
@@ -72,23 +72,23 @@ def vlb_term(
 
 
 class Bound(NamedTuple):
-    """The bound on -log p(x0) of each image and its three parts (DDPM eq. 5), bits per dimension, each (B,)."""
+    """The bound on -log p(x0) of each image and its three parts (DDPM eq. 5), in bits per dimension, each (B,)."""
 
     prior: Tensor
-    """L_T: what is left of the image at the end of the chain."""
+    """L_T: the cost of what is left of the image at the end of the chain."""
     transitions: Tensor
-    """L_{1:T-1}"""
+    """L_{1:T-1}: the cost of all steps but the last."""
     decoder: Tensor
     """L_0: the cost of the 8-bit values."""
 
     @property
     def total(self) -> Tensor:
-        """-log p(x0) is at most this."""
+        """The sum of the parts; -log p(x0) is at most this."""
         return self.prior + self.transitions + self.decoder
 
 
 def prior_term(scheduler: DDPMScheduler, x0: Tensor) -> Tensor:
-    """L_T of DDPM eq. 5: KL(q(x_T | x0) || N(0, I)) of images (B, C, H, W), bits per dimension, (B,)."""
+    """Return L_T of DDPM eq. 5, KL(q(x_T | x0) || N(0, I)), of images (B, C, H, W) in bits per dimension, (B,)."""
     signal, noise = signal_and_noise(scheduler.alpha_bar(len(scheduler) - 1))
     zero = torch.zeros_like(x0)
     return bits(normal_kl(signal * x0, 2 * log(noise) + zero, zero, zero))
@@ -102,15 +102,15 @@ def variational_bound(
     count: int,
     generator: torch.Generator,
 ) -> Bound:
-    """An unbiased estimate of the bound, with one draw of noise per term.
+    """Estimate the bound without bias, with one draw of noise per term.
 
     Args:
         denoise: the network as (x_t (B, C, H, W), t (B,)) -> its output.
-        scheduler: the chain, and the variance of the reverse kernel.
+        scheduler: gives the chain and the variance of the reverse kernel.
         x0: images in [-1, 1] of 8-bit values, (B, C, H, W).
-        count: how many of the T - 1 terms of L_{1:T-1} are computed for each image, 1 to T - 1: one drawn from each of
-            as many equal parts of the chain.
-        generator: of timesteps and noise, on the CPU.
+        count: how many of the T - 1 terms of L_{1:T-1} to compute for each image, 1 to T - 1; one term is drawn from
+            each of as many equal parts of the chain.
+        generator: source of timesteps and noise, on the CPU.
 
     Raises:
         ValueError: where `count` is not between 1 and T - 1.

@@ -1,8 +1,9 @@
 """The forward process q of DDPM: how much noise there is at each timestep, and what follows from it in closed form.
 
-Pure functions on tensors, torch only. Tables are float64 of shape (T,). A coefficient, `alpha_bar` for one, is a number
-or a 0-d tensor (the whole batch at one noise level) or of shape (B,) (one per image), and multiplies images of shape
-(B, C, H, W). The formulas are the same; with numbers nothing is computed on the device but the images.
+The module holds pure functions and needs only torch. Tables are float64 of shape (T,). A coefficient, such as
+`alpha_bar`, multiplies images of shape (B, C, H, W). It is a number or a 0-d tensor where the whole batch has one noise
+level, and has shape (B,) where each image has its own. The formulas are the same for all of these; with numbers, the
+device computes nothing but the images.
 """
 
 import math
@@ -37,13 +38,13 @@ def _sigmoid(steps: int, beta_start: float, beta_end: float) -> Tensor:
 
 
 def _betas_from_alpha_bar(alpha_bar: Callable[[Tensor], Tensor], steps: int) -> Tensor:
-    """Betas whose running product follows `alpha_bar` on [0, 1], capped at 0.999 (Improved DDPM, section 3.2)."""
+    """Return betas <= 0.999 for which prod(1 - beta) follows `alpha_bar` on [0, 1] (Improved DDPM, section 3.2)."""
     curve = alpha_bar(torch.linspace(0, 1, steps + 1, dtype=torch.float64))
     return (1 - curve[1:] / curve[:-1]).clamp(max=0.999)
 
 
 def _cosine(steps: int, beta_start: float, beta_end: float) -> Tensor:
-    """Improved DDPM (Nichol & Dhariwal 2021), eq. 17, offset s = 0.008."""
+    """Improved DDPM (Nichol & Dhariwal 2021), eq. 17: alpha_bar follows a squared cosine with the offset s = 0.008."""
     return _betas_from_alpha_bar(lambda u: torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2, steps)
 
 
@@ -81,18 +82,18 @@ BETA_SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {
 
 
 def make_betas(name: str, steps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
-    """Variances beta_t of the one-step kernels q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I), DDPM eq. 2.
+    """Make the variances beta_t of the kernels q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) (DDPM eq. 2).
 
     Args:
         name: a key of `BETA_SCHEDULES`.
         steps: T, the number of training timesteps.
-        beta_start, beta_end: the range of beta in (0, 1); read by the schedules that have a range.
+        beta_start, beta_end: the range of beta in (0, 1); only schedules that have a range read it.
 
     Returns:
         float64 betas of shape (T,), each in (0, 1).
 
     Raises:
-        ValueError: for an unknown name, or where a beta would leave (0, 1).
+        ValueError: for an unknown name, fewer steps than 1, or a beta outside (0, 1).
     """
     check_choice("beta_schedule", name, BETA_SCHEDULES)
     if steps < 1:
@@ -122,7 +123,7 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
 # ---------------------------------------------------------------- coefficients
 
 Coefficient = float | Tensor
-"""What is computed from it is the same of a number and of a tensor."""
+"""A number or a tensor; the functions of this module compute the same from both."""
 
 
 def sqrt(x: Coefficient) -> Coefficient:
@@ -138,11 +139,11 @@ def exp(x: Coefficient) -> Coefficient:
 
 
 def broadcast(coefficient: Coefficient, like: Tensor) -> Coefficient:
-    """A coefficient as what multiplies images of shape (B, ...): a tensor in float32 or better; a number, or what has
-    that many dimensions already, as it is.
+    """Bring a coefficient to a form that multiplies images `like`, of shape (B, ...), in float32 or better.
 
-    A 0-d tensor stays where it is (a CPU scalar multiplies a GPU tensor without a copy), but for half precision: a 0-d
-    tensor would not raise the product to float32.
+    A number, or a tensor that has as many dimensions as the images, is returned as it is. A 0-d tensor stays on its
+    device, since a CPU scalar multiplies a GPU tensor without a copy. With images in half precision it does not, since
+    a 0-d tensor would not raise the product to float32.
     """
     if not isinstance(coefficient, Tensor) or coefficient.ndim == like.ndim:
         return coefficient
@@ -153,12 +154,12 @@ def broadcast(coefficient: Coefficient, like: Tensor) -> Coefficient:
 
 
 def add_scaled(x: Tensor, b: Coefficient, y: Tensor) -> Tensor:
-    """x + b y for images x and y of shape (B, ...)."""
+    """Return x + b y for images x and y of shape (B, ...)."""
     return x + broadcast(b, y) * y if isinstance(b, Tensor) else torch.add(x, y, alpha=b)
 
 
 def mix(a: Coefficient, x: Tensor, b: Coefficient, y: Tensor) -> Tensor:
-    """a x + b y for images x and y of shape (B, ...)."""
+    """Return a x + b y for images x and y of shape (B, ...)."""
     ax = broadcast(a, x) * x
     return ax + broadcast(b, y) * y if isinstance(b, Tensor) else ax.add_(y, alpha=b)
 
@@ -167,13 +168,15 @@ def mix(a: Coefficient, x: Tensor, b: Coefficient, y: Tensor) -> Tensor:
 
 
 def signal_and_noise(alpha_bar: Coefficient) -> tuple[Coefficient, Coefficient]:
-    """sqrt(alpha_bar) and sqrt(1 - alpha_bar), in the precision of alpha_bar: in half precision 1 - alpha_bar would be
-    lost near t = 0."""
+    """Return sqrt(alpha_bar) and sqrt(1 - alpha_bar) in the precision of alpha_bar.
+
+    In half precision, 1 - alpha_bar would be lost near t = 0.
+    """
     return sqrt(alpha_bar), sqrt(1 - alpha_bar)
 
 
 def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Coefficient) -> Tensor:
-    """x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps: a draw from q(x_t | x0) (DDPM eq. 4), in the dtype of x0."""
+    """Return x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps ~ q(x_t | x0) (DDPM eq. 4), in the dtype of x0."""
     signal, noise = signal_and_noise(alpha_bar)
     return mix(signal, x0, noise, eps).to(x0.dtype)
 
@@ -181,11 +184,11 @@ def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Coefficient) -> Tensor:
 def posterior_coefficients(
     alpha_bar_t: Coefficient, alpha_bar_s: Coefficient
 ) -> tuple[Coefficient, Coefficient, Coefficient]:
-    """Coefficients of q(x_s | x_t, x0) for any earlier step s < t (DDPM eq. 6-7, with beta_t of the step t -> s).
+    """Return the coefficients of q(x_s | x_t, x0) for an earlier step s < t (DDPM eq. 6-7, with beta_t of t -> s).
 
     Args:
-        alpha_bar_t, alpha_bar_s: noise levels of the later and the earlier step, numbers, 0-d, (B,) or whole tables;
-            s = -1 (the clean image) has alpha_bar 1.
+        alpha_bar_t, alpha_bar_s: noise levels of the later and the earlier step: numbers, 0-d, (B,) or whole tables;
+            s = -1, the clean image, has alpha_bar 1.
 
     Returns:
         The factor of x0, the factor of x_t and the variance beta_tilde, each shaped like the arguments.
@@ -199,11 +202,11 @@ def posterior_coefficients(
 def posterior(
     x0: Tensor, x_t: Tensor, alpha_bar_t: Coefficient, alpha_bar_s: Coefficient
 ) -> tuple[Tensor, Coefficient]:
-    """Mean of shape (B, ...) and variance (shaped like the noise levels) of q(x_s | x_t, x0), DDPM eq. 6-7."""
+    """Return the mean, (B, ...), and variance, shaped like the noise levels, of q(x_s | x_t, x0) (DDPM eq. 6-7)."""
     of_x0, of_x_t, variance = posterior_coefficients(alpha_bar_t, alpha_bar_s)
     return mix(of_x0, x0, of_x_t, x_t), variance
 
 
 def snr(alpha_bar: Tensor) -> Tensor:
-    """Signal-to-noise ratio alpha_bar / (1 - alpha_bar) (Kingma et al. 2021, eq. 2)."""
+    """Return the signal-to-noise ratio alpha_bar / (1 - alpha_bar) (Kingma et al. 2021, eq. 2)."""
     return alpha_bar / (1 - alpha_bar)

@@ -16,16 +16,16 @@ LOSSES: dict[str, Callable[..., Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss, "
 
 
 class Objective:
-    """The weighted denoising loss (DDPM eq. 14 and after), in float32 whatever the network computes in.
+    """The weighted denoising loss (DDPM eq. 14 and after), in float32 whatever the network's precision.
 
     With a scheduler of learned variance it is the hybrid loss of Improved DDPM (eq. 16): the variational bound is added
-    and teaches the variance alone.
+    and trains the variance alone.
 
     Args:
         scheduler: gives the noise levels, `prediction_type` and `variance_type`.
         loss: a key of `LOSSES`.
         weight: a key of `prediction.LOSS_WEIGHTS`.
-        gamma, k: constants of the weight; None is that of its paper.
+        gamma, k: constants of the weight; None takes those of its paper.
         vlb_weight: lambda of the hybrid loss, 0.001 in the paper.
 
     Raises:
@@ -51,15 +51,16 @@ class Objective:
     def __call__(
         self, unet: nn.Module, x0: Tensor, t: Tensor, eps: Tensor, self_condition: bool = False, **conditions: Tensor
     ) -> Tensor:
-        """The loss of each image, (B,).
+        """Return the loss of each image, (B,).
 
         Args:
             unet: the network, called as unet(x_t, t, **conditions).
             x0: clean images in [-1, 1], (B, C, H, W).
             t: timesteps, (B,).
-            eps: the noise, like x0.
-            self_condition: show the network its own estimate of x0, made without gradient (Analog Bits, Algorithm 1).
-            conditions: more arguments of the network, e.g. `class_labels` (B,).
+            eps: the noise, shaped like x0.
+            self_condition: whether to show the network its own estimate of x0, made without gradient (Analog Bits,
+                Algorithm 1).
+            conditions: other arguments of the network, e.g. `class_labels` (B,).
         """
         channels, alpha_bar = x0.shape[1], self.scheduler.alpha_bar(t)
         row = PREDICTIONS[self.scheduler.config.prediction_type]
@@ -71,7 +72,7 @@ class Objective:
         output = unet(x_t, t, **conditions).sample.float()
         prediction = output[:, :channels]
         error = self.loss(prediction, row.target(x0, eps, alpha_bar), reduction="none").flatten(1).mean(1)
-        self.weights = self.weights.to(t.device)  # once
+        self.weights = self.weights.to(t.device)  # the first call copies them
         loss = error * self.weights[t]
         if self.scheduler.config.variance_type in LEARNED_VARIANCES:
             output = torch.cat([prediction.detach(), output[:, channels:]], dim=1)

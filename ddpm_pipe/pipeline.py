@@ -1,7 +1,6 @@
-"""Sampling images: Algorithm 2 of DDPM with any scheduler, as a diffusers pipeline.
+"""A diffusers pipeline that samples images with Algorithm 2 of DDPM and any scheduler.
 
-With `noise`, `prediction` and `compatibility` this file travels with shared checkpoints that the pipelines of
-diffusers cannot sample.
+This file and the modules that it imports travel with shared checkpoints that the pipelines of diffusers cannot sample.
 """
 
 import inspect
@@ -21,16 +20,16 @@ OUTPUT_TYPES = ("pil", "np", "pt")
 
 
 def null_class(unet: ModelMixin) -> int | None:
-    """The label that stands for "no label", one more than the last class; None for a network without classes.
+    """Return the label that stands for "no label", one more than the last class; None for a network without classes.
 
-    A stock UNet2DModel has none of its own: by convention it is the last of its embeddings.
+    A stock UNet2DModel defines no such label; by convention it is the last of its embeddings.
     """
     classes = unet.config.get("num_class_embeds")
     return None if classes is None else getattr(unet, "null_class", classes - 1)
 
 
 class PixelDiffusionPipeline(DiffusionPipeline):
-    """Unconditional and class-conditional generation in pixel space.
+    """Generate images in pixel space, with or without classes.
 
     Args:
         unet: a `DDPMUNet2DModel` or a `diffusers.UNet2DModel`.
@@ -38,7 +37,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             trained with; one that is plugged in later must have the same.
 
     Attributes:
-        own_scheduler: that scheduler; it says what the network was trained for, whatever is plugged in later.
+        own_scheduler: the scheduler given here; it says what the network was trained for, whatever is plugged in later.
     """
 
     model_cpu_offload_seq = "unet"
@@ -51,9 +50,9 @@ class PixelDiffusionPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **components):
-        """This pipeline of the very network and scheduler of another one, but for the `components` given by name.
+        """Make this pipeline of the network and scheduler of another one, except for `components` given by name.
 
-        That of diffusers takes only a network whose class is the annotated one itself, and casts it to float32.
+        The method of diffusers takes only a network of exactly the annotated class, and casts it to float32.
         """
         made = cls(**pipeline.components | components)
         if "unet" not in components:
@@ -80,27 +79,27 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         """Sample images (DDPM, Algorithm 2).
 
         Args:
-            batch_size: number of images B; None is that of `sample`, or 1.
-            generator: source of all noise; a list has one per image, and then an image depends on its own alone.
+            batch_size: number of images B; None takes that of `sample`, or 1.
+            generator: source of all noise; with a list of one per image, each image depends on its own alone.
             num_inference_steps: 1 to T; None takes all T timesteps of the training chain.
             eta: noise of DDIM, 0 to 1; only for schedulers whose `step` takes it.
-            use_clipped_model_output: derive the noise anew from the clipped x0; DDIM only. None does so, since what is
-                clipped of x0 would stay in the noise as clutter; False is what diffusers does.
+            use_clipped_model_output: derive the noise anew from the clipped x0; DDIM only. None does so where
+                possible, since what was clipped off x0 would stay in the noise; False is what diffusers does.
             class_labels: one class for all images or one per image; None draws without a class.
             guidance_scale: classifier-free guidance (Ho & Salimans 2022): 1 is the plain conditional model, more than 1
                 pushes away from the unconditional one.
             output_type: "pil", "np" (B, H, W, C) in [0, 1] or "pt" (B, C, H, W) in [0, 1].
             return_dict: return an `ImagePipelineOutput` instead of a tuple.
-            callback_on_step_end: called as (pipeline, step index, timestep, tensors) after each step; tensors that it
+            callback_on_step_end: called as (pipeline, step index, timestep, tensors) after each step; the tensors it
                 returns replace those of the loop.
-            callback_on_step_end_tensor_inputs: which tensors it is given, of `_callback_tensor_inputs`.
+            callback_on_step_end_tensor_inputs: which of `_callback_tensor_inputs` the callback is given.
             sample: x_T (B, C, H, W) of unit variance to start from; None draws it.
             timesteps: instead of a number of steps, the timesteps themselves, decreasing from T - 1 or less to 0 or
                 more; only for schedulers whose `set_timesteps` takes them.
 
         Raises:
-            ValueError: for an argument that this network or scheduler cannot honour, naming it, or images that are not
-                finite.
+            ValueError: for an argument that this network or scheduler cannot honour, naming it, or for images that
+                are not finite.
         """
         check_choice("output_type", output_type, OUTPUT_TYPES)
         for name in callback_on_step_end_tensor_inputs:
@@ -125,7 +124,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         callback: Callable[[DiffusionPipeline, int, Tensor, dict], dict | None] | None = None,
         callback_inputs: tuple[str, ...] = ("sample",),
     ) -> Tensor:
-        """Algorithm 2 from x_t (B, C, H, W) at the first of `timesteps`, one step at each: images in [0, 1].
+        """Run Algorithm 2 from x_t (B, C, H, W) at the first of `timesteps`, one step at each; return images in [0, 1].
 
         `denoise` and `step_options` are those of `_conditions`; the callback is that of `__call__`.
         """
@@ -138,7 +137,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             model_output = denoise(model_input, t, pred_original_sample)
             try:
                 step = scheduler.step(model_output, numbers[i], sample, return_dict=estimate_is_read, **step_options)
-            except (ValueError, NotImplementedError) as error:  # of a scheduler that cannot read this output, say
+            except (ValueError, NotImplementedError) as error:  # a scheduler may not read this output
                 name, reason = type(scheduler).__name__, " ".join(str(error).split()).rstrip(".")
                 raise ValueError(f"scheduler={name} cannot sample this model with these options: {reason}.") from error
             sample = step[0]
@@ -154,11 +153,11 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                 sample, pred_original_sample = tensors["sample"], tensors["pred_original_sample"]
         return (sample / 2 + 0.5).clamp(0, 1)
 
-    # ------------------------------------------------------------ what the loop is made of
+    # ------------------------------------------------------------ parts of the loop
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images, from the network's config."""
+        """(C, H, W) of the images, from the network's config; raises ValueError where that has no sample_size."""
         config = self.unet.config
         if config.sample_size is None:
             raise ValueError(
@@ -176,7 +175,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         eta: float = 0.0,
         use_clipped_model_output: bool | None = None,
     ) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], dict]:
-        """The network with labels and guidance, as (x_t, t, last x0) -> output, and the keywords of the steps."""
+        """Return the network with labels and guidance, as (x_t, t, last x0) -> output, and the keywords of `step`."""
         check_scheduler(self.scheduler, self.own_scheduler)
         check_number("eta", eta)
         check_number("guidance_scale", guidance_scale)
@@ -211,7 +210,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         given: Tensor | None = None,
     ) -> Tensor:
-        """`given` or a draw of N(0, I), (B, C, H, W) in float32: full precision whatever the network's."""
+        """Return `given` or a draw of N(0, I), (B, C, H, W), in float32 whatever the network's precision."""
         shape = (batch_size, *self.image_shape)
         if given is None:
             return randn_tensor(shape, generator, self._execution_device, torch.float32)
@@ -226,23 +225,23 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         return given.to(self._execution_device, torch.float32)
 
     def denoiser(self, labels: Tensor | None = None, scale: float = 1.0) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """The network with guidance, as (x_t, t, last x0) -> (B, C, H, W), or (B, 2C, H, W) with learned variance.
+        """Return the network with guidance: (x_t, t, last x0) -> (B, C, H, W), or (B, 2C, H, W) with learned variance.
 
         Args:
-            labels: (B,), or with guidance (2B,), the second half being the null class; None for a network without.
-            scale: of the guidance, 1 for none.
+            labels: (B,), or with guidance (2B,), whose second half is the null class; None without classes.
+            scale: strength of the guidance; 1 is none.
         """
         unet, dtype = self.unet, self.unet.dtype
         self_condition = unet.config.get("self_condition")
         conditions = {} if labels is None else {"class_labels": labels}
-        # DDPM's schedulers alone keep it, ours and those of diffusers: they read a learned variance from the output
+        # only DDPM's schedulers, ours and diffusers', have variance_type: they read a learned variance from the output
         takes_variance = "variance_type" in vars(self.scheduler)
 
         def denoise(x_t: Tensor, t: Tensor, last_x0: Tensor) -> Tensor:
             channels, inputs = x_t.shape[1], {"sample": x_t if x_t.dtype == dtype else x_t.to(dtype)}
             if self_condition:
                 inputs["self_cond"] = last_x0.clamp(-1, 1).to(dtype)
-            if scale != 1.0:  # one pass for both
+            if scale != 1.0:  # one pass computes both predictions
                 inputs = {name: torch.cat([images, images]) for name, images in inputs.items()}
             output = unet(timestep=t, **inputs, **conditions).sample.float()
             if scale != 1.0:
@@ -254,7 +253,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         return denoise
 
     def _pred_original_sample(self, model_output: Tensor, t: Tensor, model_input: Tensor) -> Tensor:
-        """The estimate of x0 for self-conditioning, for schedulers whose `step` does not return it."""
+        """Compute the estimate of x0, for schedulers whose `step` does not return it."""
         alpha_bar = torch.take(self.scheduler.alphas_cumprod.to(t.device), t.long())
         prediction = model_output[:, : model_input.shape[1]]
         return PREDICTIONS[self.scheduler.config.prediction_type].x0(prediction, model_input, alpha_bar)
@@ -262,10 +261,10 @@ class PixelDiffusionPipeline(DiffusionPipeline):
     def network_labels(
         self, class_labels: int | list[int] | Tensor | None, batch_size: int, scale: float = 1.0
     ) -> Tensor | None:
-        """Labels (B,) for the network; with guidance (2B,), the second half being the null class; None without classes.
+        """Return labels (B,), or with guidance (2B,), whose second half is the null class; None without classes.
 
         Raises:
-            ValueError: for labels that the network does not have, naming those that it has.
+            ValueError: for labels or guidance that the network does not have, naming the accepted labels.
         """
         null = null_class(self.unet)
         if null is None:
@@ -294,7 +293,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         eta: float,
         use_clipped_model_output: bool | None,
     ) -> dict:
-        """The keywords that this scheduler's `step` takes, of those that the caller gave."""
+        """Return those of the given keywords that this scheduler's `step` takes."""
         if not 0 <= eta <= 1:
             raise ValueError(f"eta={eta} must lie between 0 (DDIM) and 1 (DDPM).")
         known = inspect.signature(self.scheduler.step).parameters
@@ -314,7 +313,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         return {name: value for name, value in {"generator": generator, **of_ddim}.items() if name in known}
 
     def _output(self, images: Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
-        """What a call returns for images (B, C, H, W) in [0, 1]."""
+        """Return what a call returns for images (B, C, H, W) in [0, 1]."""
         self.maybe_free_model_hooks()
         result = self._to_images(images, output_type)
         return ImagePipelineOutput(images=result) if return_dict else (result,)

@@ -24,7 +24,7 @@ class Prediction(NamedTuple):
     eps: Callable[[Tensor, Tensor, Coefficient], Tensor]
     """(output, x_t, alpha_bar) -> the noise that the output implies."""
     eps_weight: Callable[[Tensor], Tensor]
-    """snr -> w with |eps - eps(output)|^2 = w |target - output|^2: what makes the plain loss one of the noise."""
+    """snr -> w with |eps - eps(output)|^2 = w |target - output|^2; times w, the plain loss is that of the noise."""
 
 
 def x0_from_eps(eps: Tensor, x_t: Tensor, alpha_bar: Coefficient) -> Tensor:
@@ -40,7 +40,7 @@ def eps_from_x0(x0: Tensor, x_t: Tensor, alpha_bar: Coefficient) -> Tensor:
 
 
 def velocity(x0: Tensor, eps: Tensor, alpha_bar: Coefficient) -> Tensor:
-    """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022, section 4 and appendix D)."""
+    """Return v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022, section 4 and appendix D)."""
     signal, noise = signal_and_noise(alpha_bar)
     return mix(signal, eps, -noise, x0)
 
@@ -87,21 +87,21 @@ LOSS_WEIGHTS: dict[str, Callable[..., Tensor] | None] = {
     # Min-SNR (Hang et al. 2023, section 3.4): the loss of x0 times min(snr, gamma)
     "min_snr": lambda snr, gamma=5.0: (gamma / snr).clamp(max=1),
 }
-"""snr and the constants of the weight, by default those of its paper -> factor of the noise loss. It is translated to
-what the network predicts, so that the same error of x0 costs the same."""
+"""(snr, constants of the weight, by default those of its paper) -> factor of the noise loss. `loss_weight` converts it
+to what the network predicts, so that the same error of x0 costs the same."""
 
 
 def loss_weight(
     name: str, prediction_type: str, snr: Tensor, gamma: float | None = None, k: float | None = None
 ) -> Tensor:
-    """The factor by which the plain loss at each noise level is multiplied.
+    """Return the factor that multiplies the plain loss at each noise level, shaped like `snr`.
 
     Args:
         name: a key of `LOSS_WEIGHTS`.
         prediction_type: a key of `PREDICTIONS`.
         snr: signal-to-noise ratios >= 0, any shape.
-        gamma: the exponent of p2 or the ceiling of min_snr; None is that of the paper, 1 or 5.
-        k: of p2; None is 1, that of the paper.
+        gamma: the exponent of p2 or the ceiling of min_snr; None takes that of the paper, 1 or 5.
+        k: constant of p2; None takes that of the paper, 1.
 
     Raises:
         ValueError: for an unknown name, naming the accepted ones.

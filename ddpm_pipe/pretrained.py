@@ -1,8 +1,8 @@
-"""The pipeline as it is saved and loaded, by this package and by diffusers without it.
+"""The pipeline in a form that this package saves and loads, and that diffusers loads without this package.
 
-What diffusers has classes for is saved as theirs; otherwise the modules of this package travel with the weights, as
-code that diffusers runs only with `trust_remote_code=True` and this package never. A pipeline that the stock one would
-sample wrongly names its own, so that it cannot be mistaken for it.
+Parts for which diffusers has classes are saved as these. Otherwise the modules of this package travel with the weights
+as code, which diffusers runs only with `trust_remote_code=True` and this package never runs. A pipeline that the stock
+one would sample wrongly is saved under a class name of its own, so that the two cannot be confused.
 """
 
 import ast
@@ -33,8 +33,8 @@ SAMPLERS = {cls.__name__: cls for cls in (DDPMScheduler, DDIMScheduler)}
 LIBRARIES = {"diffusers", DDPMUNet2DModel.__module__, DDPMScheduler.__module__} | {
     f"{prefix}{name}" for name in CODE.values() for prefix in ("", "diffusers_modules.local.")
 }
-"""Where model_index.json may say that a class of this package or of diffusers is; the last kind is from pipelines that
-diffusers loaded and saved again."""
+"""Where model_index.json may say that a class of this package or of diffusers is. diffusers writes names of the last
+kind where it loaded such a pipeline and saved it again."""
 
 FAITHFUL: dict[str, dict[str, tuple]] = {
     "DDPMScheduler": {
@@ -44,17 +44,17 @@ FAITHFUL: dict[str, dict[str, tuple]] = {
     },
     "DDIMScheduler": {"timestep_spacing": ("leading",), "steps_offset": (0,)},
 }
-"""Config values with which diffusers' scheduler of that name draws the same images as ours, for any count of steps."""
+"""Config values with which the diffusers scheduler of that name draws the same images as ours, for any step count."""
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
 class DDPMPipeline(PixelDiffusionPipeline):
-    """Generation in pixel space, saved so that diffusers alone can load it too.
+    """Generate images in pixel space, and save the pipeline so that diffusers alone can load it too.
 
     Args:
         unet: a `DDPMUNet2DModel` or a `diffusers.UNet2DModel`.
-        scheduler: of this package or of diffusers; what the network predicts is its `prediction_type`.
+        scheduler: of this package or of diffusers; its `prediction_type` says what the network predicts.
     """
 
     @classmethod
@@ -73,26 +73,26 @@ class DDPMPipeline(PixelDiffusionPipeline):
         trust_remote_code: bool = False,
         **hub_options,
     ) -> "DDPMPipeline":
-        """Load a pipeline from a folder or the Hub, its own or a stock one of a UNet2DModel and a scheduler.
+        """Load a pipeline from a folder or the Hub: one of this package or a stock one of UNet2DModel and scheduler.
 
-        DDPM and DDIM schedulers load as those of this package. No code of the folder or repository is executed: the two
-        parts are made here, of classes of this package and of diffusers, and no loader of diffusers chooses others.
+        DDPM and DDIM schedulers load as those of this package. No code of the folder or repository is executed: this
+        method makes both parts itself, from classes of this package and of diffusers.
 
         Args:
             pretrained_model_name_or_path: a folder or the id of a repository.
-            unet, scheduler: to use instead of the saved one.
-            variant: which of several saved sets of weights, as "fp16".
-            torch_dtype, dtype: two names for the precision of the network, float32 by default; may be a dict, as
+            unet, scheduler: a part to use instead of the saved one.
+            variant: which of several saved sets of weights to load, such as "fp16".
+            torch_dtype, dtype: two names for the precision of the network, float32 by default; may be a dict such as
                 `{"unet": torch.float16}`.
             device_map: the device of the network, or "balanced" for the accelerator where there is one.
-            use_safetensors, custom_pipeline, trust_remote_code: taken as diffusers' pipelines take them, but neither
-                pickles nor code are loaded.
+            use_safetensors, custom_pipeline, trust_remote_code: keywords of diffusers' pipelines. This method loads no
+                pickles and no code: it refuses the first two where they ask for that, and ignores the third.
             hub_options: revision, token, cache_dir, local_files_only, force_download.
 
         Raises:
             ValueError: for a pipeline of other parts, weights that are not safetensors, do not fit the network or are
-                not finite, a damaged file, or a keyword that is not known, naming it.
-            OSError: where the repository, revision or file is not there or may not be read.
+                not finite, a damaged file, or an unknown keyword, naming it.
+            OSError: where the repository, revision or file does not exist or may not be read.
         """
         if custom_pipeline is not None or use_safetensors is False:
             raise ValueError(
@@ -123,17 +123,17 @@ class DDPMPipeline(PixelDiffusionPipeline):
     def download(
         cls, pretrained_model_name: str, unet: ModelMixin | None = None, variant: str | None = None, **hub_options
     ) -> str:
-        """The folder of the cache with the configs and safetensors of a repository, and nothing else of it.
+        """Download the configs and safetensors of a repository, nothing else, and return their folder in the cache.
 
         Args:
             pretrained_model_name: the id of a repository.
-            unet: where it is not None, the weights are not needed.
-            variant: which of several saved sets of weights, as "fp16".
+            unet: where it is not None, the weights are not downloaded.
+            variant: which of several saved sets of weights to download, such as "fp16".
             hub_options: revision, token, cache_dir, local_files_only, force_download.
 
         Raises:
             ValueError: where the repository has no such weights.
-            OSError: where the repository or revision is not there or may not be read.
+            OSError: where the repository or revision does not exist or may not be read.
         """
         patterns = [cls.config_name, "*/*.json"]
         if unet is None:
@@ -158,11 +158,11 @@ class DDPMPipeline(PixelDiffusionPipeline):
         push_to_hub: bool = False,
         **kwargs,
     ) -> None:
-        """Write the pipeline as a folder that this package and diffusers load; keywords as in diffusers.
+        """Write the pipeline as a folder that this package and diffusers load; the keywords are those of diffusers.
 
         Raises:
-            ValueError: for safe_serialization=False, since pickles are not loaded, and for push_to_hub=True, since the
-                upload of diffusers makes a public repository with an empty card.
+            ValueError: for safe_serialization=False, since from_pretrained loads no pickles, and for push_to_hub=True,
+                since diffusers would make a public repository with an empty card.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False writes pickles, which from_pretrained does not load; leave it.")
@@ -171,7 +171,7 @@ class DDPMPipeline(PixelDiffusionPipeline):
         super().save_pretrained(save_directory, safe_serialization, *args, **kwargs)
 
     def save_config(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs) -> None:
-        """Write model_index.json and the code that diffusers needs beside it, the last part of `save_pretrained`."""
+        """Write model_index.json and, beside it, the code that diffusers needs. `save_pretrained` calls this."""
         super().save_config(save_directory, **kwargs)
         folder = Path(save_directory)
         index = json.loads((folder / self.config_name).read_text())
@@ -188,14 +188,14 @@ class DDPMPipeline(PixelDiffusionPipeline):
         if not stock_pipeline_samples(self.unet, self.scheduler):
             index["_class_name"] = [CODE["pipeline"], PixelDiffusionPipeline.__name__]
             sources["pipeline"] = [checks, noise, prediction, compatibility, pipeline]
-        index.pop("_name_or_path", None)  # where it was loaded from is nobody's business
+        index.pop("_name_or_path", None)  # where it was loaded from is private
         (folder / self.config_name).write_text(json.dumps(index, indent=2) + "\n")
         for part, name in CODE.items():
             file = (folder if part == "pipeline" else folder / part) / f"{name}.py"
             if part in sources:
                 file.write_text(bundle(*sources[part]))
             else:
-                file.unlink(missing_ok=True)  # of what was saved here before
+                file.unlink(missing_ok=True)  # an earlier save may have left it
 
     def push_to_hub(
         self,
@@ -207,21 +207,21 @@ class DDPMPipeline(PixelDiffusionPipeline):
         create_pr: bool = False,
         variant: str | None = None,
     ) -> str:
-        """Share the pipeline on the Hub, with a card of what is known of it; a run is shared by `ddpm-pipe push`.
+        """Share the pipeline on the Hub, with a card of what is known of it. `ddpm-pipe push` shares a whole run.
 
         Args:
-            repo_id: as org/name; made where it does not exist.
-            private: hide it from others; only False shows it.
-            commit_message: of the commit.
-            token: of the Hub; None is that of the login.
-            create_pr: open a pull request instead of a commit.
-            variant: of the names of the files of weights.
+            repo_id: org/name of the repository, which is made where it does not exist.
+            private: whether to hide the repository from others; only False makes it public.
+            commit_message: message of the commit.
+            token: token of the Hub; None takes that of the login.
+            create_pr: whether to open a pull request instead of a commit.
+            variant: part of the names of the weight files, such as "fp16".
 
         Returns:
             The address of the repository, which is printed too.
 
         Raises:
-            ValueError: where the Hub cannot be reached or refuses, or the repository is public and `private` is set.
+            ValueError: where the Hub cannot be reached or refuses, or the repository is public without private=False.
         """
         message = commit_message or f"Push {type(self).__name__}"
         with tempfile.TemporaryDirectory() as saved, tempfile.TemporaryDirectory() as staged:
@@ -233,25 +233,27 @@ class DDPMPipeline(PixelDiffusionPipeline):
 
 
 def is_faithful(scheduler: SchedulerMixin) -> bool:
-    """Whether diffusers' scheduler of the same name and config draws the same images."""
+    """Return whether the diffusers scheduler of the same name and config draws the same images."""
     values = FAITHFUL[type(scheduler).__name__]
     return all(scheduler.config[key] in accepted for key, accepted in values.items())
 
 
 def stock_pipeline_samples(unet: ModelMixin, scheduler: SchedulerMixin) -> bool:
-    """Whether diffusers' DDPMPipeline, which knows x_t and t alone, draws what this network was trained for."""
+    """Return whether diffusers' DDPMPipeline, which gives the network only x_t and t, samples this network rightly."""
     name, config = type(scheduler).__name__, unet.config
     needs_more = config.get("num_class_embeds") is not None or config.get("self_condition")
     learned_variance = config.out_channels != config.in_channels
-    # of a clipped x0 ours derives the noise of DDIM anew, and the stock pipeline does not
+    # our pipeline derives the noise of DDIM anew from a clipped x0, and the stock pipeline does not
     clips = scheduler.config.get("clip_sample") or scheduler.config.get("thresholding")
     is_simple = name == "DDPMScheduler" or (name == "DDIMScheduler" and not learned_variance and not clips)
     return is_simple and not needs_more
 
 
 def bundle(*modules: ModuleType) -> str:
-    """The source of modules of this package as one file, the later ones after those they import: diffusers fetches
-    one file and not what it imports beside it."""
+    """Join the sources of modules of this package in one text; each module must follow those that it imports.
+
+    diffusers fetches one file for a part, and not the files that this one imports.
+    """
     texts = []
     for module in modules:
         text = Path(str(module.__file__)).read_text()
@@ -267,10 +269,10 @@ def bundle(*modules: ModuleType) -> str:
 
 
 def read_index(folder: Path) -> tuple[type[ModelMixin], type[SchedulerMixin]]:
-    """The classes of the network and of the scheduler that model_index.json names.
+    """Return the classes of the network and of the scheduler that model_index.json names.
 
     Raises:
-        ValueError: for a folder without pipeline, naming those that it lies among, or one of other parts.
+        ValueError: for a folder without a pipeline, naming those near it, or for a pipeline of other parts.
     """
     file = folder / DDPMPipeline.config_name
     if not file.is_file():
@@ -305,7 +307,7 @@ def _scheduler_class(file: Path, library: str, name: str) -> type[SchedulerMixin
 
 
 def _where_else(folder: Path) -> str:
-    """A sentence on where the pipeline is that a folder does not hold itself."""
+    """Return a sentence that says where the pipeline is that a folder does not hold itself."""
     inside = sorted(str(file.parent) for file in folder.glob(f"*/{DDPMPipeline.config_name}"))
     if inside:
         return f"{folder} is not a pipeline's folder but holds {', '.join(inside)}; give one of these."

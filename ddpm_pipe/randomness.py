@@ -21,11 +21,11 @@ STREAMS = (
     "health",
     "bound",
 )
-"""What randomness is used for; the place of a name is part of the seed, so append new names at the end."""
+"""What randomness is used for. The position of a name is part of the seed, so append new names at the end."""
 
 
 def derive_seed(seed: int, stream: str, *counters: int) -> int:
-    """A 64-bit seed for one use of randomness, independent of all others.
+    """Return a 64-bit seed for one use of randomness, independent of all others.
 
     Args:
         seed: the seed of the run, at least 0.
@@ -37,5 +37,5 @@ def derive_seed(seed: int, stream: str, *counters: int) -> int:
 
 
 def generator(seed: int, stream: str, *counters: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """A torch generator on `device`, seeded by `derive_seed`."""
+    """Return a torch generator on `device`, seeded by `derive_seed`."""
     return torch.Generator(device=device).manual_seed(derive_seed(seed, stream, *counters))

@@ -1,8 +1,8 @@
-"""DDPM and DDIM samplers with the interface of diffusers' schedulers, thin over `noise` and `prediction`.
+"""DDPM and DDIM samplers with the interface of diffusers' schedulers, thin layers over `noise` and `prediction`.
 
-They take the constructor keys of `diffusers.DDPMScheduler` / `DDIMScheduler` with the same meaning and defaults, and
-give the same numbers, except where those are wrong; tests/test_schedulers_differences.py has each difference. Tables
-are float64, `step` computes in float32 or better and never waits for the device.
+They take the constructor keys of `diffusers.DDPMScheduler` and `DDIMScheduler` with the same meaning and defaults. They
+return the same numbers, except where those of diffusers are wrong; tests/test_schedulers_differences.py has each
+difference. Tables are float64; `step` computes in float32 or better and never waits for the device.
 """
 
 import importlib
@@ -62,7 +62,7 @@ def _trailing(steps: int, count: int, offset: int) -> np.ndarray:
 def _quadratic(steps: int, count: int, offset: int) -> np.ndarray:
     """The CIFAR-10 setting of DDIM (Song et al. 2021, appendix D.2): tau_i = c i^2 up to 0.8 T.
 
-    Near 0 the rounded squares coincide; each is raised to one more than the last, so that the count is kept.
+    Near 0 some rounded squares coincide; each of these is raised to one more than the last, so that the count is kept.
     """
     squares = (np.linspace(0, np.sqrt(0.8 * steps), count) ** 2).astype(np.int64)
     index = np.arange(count)
@@ -75,16 +75,16 @@ TIMESTEP_SPACINGS: dict[str, Callable[[int, int, int], np.ndarray]] = {
     "trailing": _trailing,
     "quadratic": _quadratic,
 }
-"""How `count` of T timesteps are chosen; the first three are Table 2 of Lin et al. (2024)."""
+"""How to choose `count` of T timesteps; the first three are Table 2 of Lin et al. (2024)."""
 
 
 # ---------------------------------------------------------------- what both samplers share
 
 
 class DiffusionScheduler(SchedulerMixin, ConfigMixin):
-    """A chain of noise levels, the timesteps chosen from it, and the network's output turned into x0 and eps.
+    """The base of both samplers: it holds the noise levels, chooses the timesteps and clips x0.
 
-    A sampler is a subclass with a `step`, whose `__init__` takes the keys of the config and ends with `build`.
+    A sampler is a subclass with a `step`, whose `__init__` takes the keys of the config and calls `build`.
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
@@ -93,14 +93,14 @@ class DiffusionScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def _get_compatibles(cls) -> list[type]:
-        """diffusers' schedulers: SchedulerMixin would look the names up in this package."""
+        """Return the compatible schedulers of diffusers; SchedulerMixin would look their names up in this package."""
         diffusers = importlib.import_module("diffusers")
         return [cls, *(getattr(diffusers, name) for name in cls._compatibles if hasattr(diffusers, name))]
 
     def build(self, final_alpha_bar_is_one: bool = True) -> None:
-        """Check the config and make the tables; called at the end of each `__init__`."""
-        # diffusers drops the keys listed here when it makes another scheduler of this config, and some (Heun, KDPM2)
-        # have other defaults: beta_end 0.012, say. None are listed, so that the chain stays the same.
+        """Check the config and make the tables; each `__init__` calls this."""
+        # When diffusers makes another scheduler of this config, it drops the keys listed here, and some schedulers,
+        # such as Heun and KDPM2, have other defaults (beta_end 0.012). The list is empty to keep the chain the same.
         self.register_to_config(_use_default_values=[])
         config = self.config
         check_choice("prediction_type", config.prediction_type, PREDICTIONS)
@@ -121,9 +121,11 @@ class DiffusionScheduler(SchedulerMixin, ConfigMixin):
         self._set(np.arange(config.num_train_timesteps))
 
     def _betas(self) -> Tensor:
-        """float64 betas (T,) of the config. In the config a schedule has the name by which diffusers knows it; one that
-        diffusers lacks is also written out as `trained_betas`. So any scheduler of diffusers made from this config has
-        the same noise levels."""
+        """Return the betas of the config, float64 (T,).
+
+        The config names a schedule as diffusers does; a schedule that diffusers lacks is also written out as
+        `trained_betas`. So any scheduler of diffusers made from this config has the same noise levels.
+        """
         config = self.config
         if config.trained_betas is None:
             name = config.beta_schedule
@@ -153,10 +155,10 @@ class DiffusionScheduler(SchedulerMixin, ConfigMixin):
         Args:
             num_inference_steps: how many of the T training timesteps, 1 to T, spaced as `timestep_spacing` says.
             device: where `timesteps` should lie; None leaves them on the CPU.
-            timesteps: instead of a count, the timesteps themselves: strictly decreasing, T - 1 to 0.
+            timesteps: the timesteps themselves instead of their number: strictly decreasing, T - 1 to 0.
 
         Raises:
-            ValueError: where both or neither are given, or a timestep lies outside the chain.
+            ValueError: where both or neither are given, or where the number or a timestep lies outside the chain.
         """
         steps = self.config.num_train_timesteps
         if (num_inference_steps is None) == (timesteps is None):
@@ -179,7 +181,7 @@ class DiffusionScheduler(SchedulerMixin, ConfigMixin):
     def _set(self, increasing: np.ndarray, device: str | torch.device | None = None) -> None:
         chosen = torch.from_numpy(increasing.astype(np.int64))
         self.timesteps = chosen.flip(0).to(device)
-        # Entry t is the chosen timestep before t, or -1: a table, so that `step` needs no search and no host sync.
+        # Entry t is the chosen timestep before t, or -1. With this table `step` needs no search and no host sync.
         below = torch.searchsorted(chosen, torch.arange(self.config.num_train_timesteps))
         previous = torch.cat([torch.tensor([-1]), chosen])[below]
         self._previous_numbers = dict(enumerate(previous.tolist()))
@@ -188,15 +190,19 @@ class DiffusionScheduler(SchedulerMixin, ConfigMixin):
         self._tables(self.timesteps.device)
 
     def _tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """`_alpha_bar` and `_previous` on a device: `set_timesteps` brings them to its own; to another, as that of a
-        training that never calls it, they are copied when they are first asked for."""
+        """Return `_alpha_bar` and `_previous` on a device.
+
+        `set_timesteps` copies them to its device. They are copied to another one, as in a training that never calls
+        `set_timesteps`, when they are first asked for.
+        """
         if device not in self._placed:
             self._placed[device] = self._alpha_bar.to(device), self._previous.to(device)
         return self._placed[device]
 
     def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
-        """The timestep that follows `timestep` in sampling, -1 after the last: a number for a number, else a tensor
-        shaped like `timestep`.
+        """Return the timestep that follows `timestep` in sampling, -1 after the last.
+
+        The result is a number for a number, else a tensor shaped like `timestep`.
 
         Raises:
             ValueError: for a number that is not a timestep of the chain.
@@ -215,7 +221,7 @@ class DiffusionScheduler(SchedulerMixin, ConfigMixin):
     def alpha_bar(self, timestep: Tensor) -> Tensor: ...
 
     def alpha_bar(self, timestep: int | Tensor) -> Coefficient:
-        """alpha_bar at timesteps >= -1: a number for a number, else float64, shaped like `timestep` on its device."""
+        """Return alpha_bar at timesteps >= -1: a number for a number, else float64 in timestep's shape and device."""
         if not isinstance(timestep, Tensor):
             return self._alpha_bar_numbers[timestep]
         alpha_bar, _ = self._tables(timestep.device)
@@ -227,21 +233,21 @@ class DiffusionScheduler(SchedulerMixin, ConfigMixin):
     # ------------------------------------------------------------ the forward process
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
-        """`sample` as it is: these samplers keep x_t in the network's own scale."""
+        """Return `sample` as it is, since these samplers keep x_t in the network's own scale."""
         return sample
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t ~ q(x_t | x0) for images and noise (B, C, H, W) and timesteps (B,), DDPM eq. 4."""
+        """Return x_t ~ q(x_t | x0) for images and noise (B, C, H, W) and timesteps (B,) (DDPM eq. 4)."""
         return add_noise(original_samples, noise, self.alpha_bar(timesteps))
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """v (Salimans & Ho 2022) of clean images `sample` and noise (B, C, H, W) at timesteps (B,)."""
+        """Return v (Salimans & Ho 2022) of clean images `sample` and noise (B, C, H, W) at timesteps (B,)."""
         return velocity(sample, noise, self.alpha_bar(timesteps)).to(sample.dtype)
 
     # ------------------------------------------------------------ the denoised image
 
     def clip(self, x0: Tensor) -> Tensor:
-        """x0 clipped or dynamically thresholded (Saharia et al. 2022, section 2.3), as the config says."""
+        """Clip x0 or threshold it dynamically (Saharia et al. 2022, section 2.3), as the config says."""
         if self.config.thresholding:
             magnitude = x0.flatten(1).abs().float()
             quantile = magnitude.quantile(self.config.dynamic_thresholding_ratio, dim=1)
@@ -264,14 +270,14 @@ def _in_dtype(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 class ReverseKernel(NamedTuple):
-    """p(x_s | x_t) of the network: a Gaussian, in float32 or better."""
+    """The Gaussian p(x_s | x_t) of the network, in float32 or better."""
 
     mean: Tensor
     """(B, C, H, W)"""
     log_variance: Coefficient
-    """a number or shaped to broadcast over the mean"""
+    """a number, or a tensor that broadcasts over the mean"""
     x0: Tensor
-    """the estimate of the clean image it was made from, (B, C, H, W)"""
+    """the estimate of the clean image that the mean was made from, (B, C, H, W)"""
 
 
 class DDPMScheduler(DiffusionScheduler):
@@ -282,16 +288,16 @@ class DDPMScheduler(DiffusionScheduler):
         beta_start, beta_end: the range of beta in (0, 1), for the schedules that have one.
         beta_schedule: a key of `noise.BETA_SCHEDULES`.
         trained_betas: T betas in (0, 1] that replace the schedule.
-        variance_type: variance of the reverse kernel. `fixed_small`: beta_tilde, the posterior's; `fixed_large`: beta;
-            with or without `_log` they are the same numbers. `learned`: the second half of the network's 2C output
-            channels is the variance itself; `learned_range`: it interpolates between both in the log domain
-            (Improved DDPM, eq. 15).
-        clip_sample, clip_sample_range: clip the predicted x0 to +- the range (image units, [-1, 1] is the data).
+        variance_type: variance of the reverse kernel. `fixed_small` is beta_tilde, that of the posterior, and
+            `fixed_large` is beta; the names with `_log` mean the same. With `learned`, the second half of the network's
+            2C output channels is the variance itself; with `learned_range`, it interpolates between both in the log
+            domain (Improved DDPM, eq. 15).
+        clip_sample, clip_sample_range: whether to clip the predicted x0, and to which +- range; the data is in [-1, 1].
         prediction_type: a key of `prediction.PREDICTIONS`.
-        thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding instead of clipping.
+        thresholding, dynamic_thresholding_ratio, sample_max_value: use dynamic thresholding instead of clipping.
         timestep_spacing: a key of `TIMESTEP_SPACINGS`.
         steps_offset: added to the timesteps of `leading`.
-        rescale_betas_zero_snr: rescale betas to zero terminal SNR (Lin et al. 2024).
+        rescale_betas_zero_snr: whether to rescale betas to zero terminal SNR (Lin et al. 2024).
 
     Raises:
         ValueError: for an unknown value, naming the accepted ones.
@@ -319,7 +325,7 @@ class DDPMScheduler(DiffusionScheduler):
         check_choice("variance_type", variance_type, VARIANCE_TYPES)
         self.variance_type = variance_type
         self.build()
-        # beta_tilde of 1 -> 0, the last step that has noise; the decoder takes it too (DDPM, section 3.3)
+        # this is beta_tilde of 1 -> 0, the last step that has noise; the decoder has it too (DDPM, section 3.3)
         ends = self._alpha_bar[[min(2, num_train_timesteps), 1]]
         self._last_variance = posterior_coefficients(*ends.tolist())[2] or 1e-20
 
@@ -331,7 +337,7 @@ class DDPMScheduler(DiffusionScheduler):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        """Draw x_s from p(x_s | x_t), s being the next chosen timestep (DDPM, Algorithm 2, lines 3-4).
+        """Draw x_s from p(x_s | x_t), where s is the next chosen timestep (DDPM, Algorithm 2, lines 3-4).
 
         Args:
             model_output: the network's output, (B, C, H, W), or (B, 2C, H, W) with learned variance.
@@ -356,14 +362,14 @@ class DDPMScheduler(DiffusionScheduler):
     def reverse_kernel(
         self, model_output: Tensor, t: int | Tensor, s: int | Tensor, x_t: Tensor, clip: bool = True
     ) -> ReverseKernel:
-        """p(x_s | x_t) = N(mean, variance) for any earlier step s < t (DDPM eq. 1 and 7, with x0 from the network).
+        """Return p(x_s | x_t) = N(mean, variance) for an earlier step s < t (DDPM eq. 1 and 7, x0 from the network).
 
         Args:
             model_output: the network's output, (B, C, H, W), or (B, 2C, H, W) with learned variance.
-            t, s: timesteps, both numbers or both tensors, 0-d or (B,); s = -1 is the clean image, whose kernel has the
-                variance of the step before.
+            t, s: timesteps, both numbers or both tensors, 0-d or (B,); s = -1 is the clean image, for which the
+                kernel has the variance of the step before.
             x_t: (B, C, H, W).
-            clip: clip or threshold x0 where the config says so.
+            clip: whether to clip or threshold x0 as the config says.
 
         Raises:
             ValueError: where the channels of `model_output` do not fit `variance_type`.
@@ -382,7 +388,7 @@ class DDPMScheduler(DiffusionScheduler):
         return ReverseKernel(mean, log_variance, x0)
 
     def _split(self, output: Tensor, channels: int) -> tuple[Tensor, ...]:
-        """The prediction (B, C, H, W) and, where it is learned, the variance, of the same shape."""
+        """Split off the prediction (B, C, H, W) and, where it is learned, the variance, of the same shape."""
         learned = self.config.variance_type in LEARNED_VARIANCES
         expected = 2 * channels if learned else channels
         if output.shape[1] != expected:
@@ -393,7 +399,7 @@ class DDPMScheduler(DiffusionScheduler):
         return output.split(channels, dim=1) if learned else (output,)
 
     def _log_variance(self, small: Coefficient, large: Coefficient, like: Tensor, *learned: Tensor) -> Coefficient:
-        """Log of the reverse kernel's variance over images `like`, between beta_tilde (`small`) and beta (`large`)."""
+        """Return the kernel's log variance over images `like`, between beta_tilde (`small`) and beta (`large`)."""
         if self.config.variance_type == "learned":
             return learned[0].clamp(min=1e-20).log()
         log_small, log_large = broadcast(log(small), like), broadcast(log(large), like)
@@ -409,9 +415,9 @@ class DDPMScheduler(DiffusionScheduler):
 class DDIMScheduler(DiffusionScheduler):
     """Implicit sampling (DDIM, Song et al. 2021, eq. 12 and 16), with the interface of `diffusers.DDIMScheduler`.
 
-    The arguments are those of `DDPMScheduler`, without `variance_type` (the variance channels of a network with learned
-    variance are ignored), and `set_alpha_to_one`: whether the last step ends at the clean image (True) or at the noise
-    level of timestep 0.
+    The arguments are those of `DDPMScheduler` except `variance_type`, since the variance channels of a network with
+    learned variance are ignored. `set_alpha_to_one` says whether the last step ends at the clean image (True) or at the
+    noise level of timestep 0 (False).
     """
 
     @register_to_config
@@ -447,14 +453,14 @@ class DDIMScheduler(DiffusionScheduler):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        """Go from x_t to x_s, s being the next chosen timestep (DDIM eq. 12).
+        """Go from x_t to x_s, where s is the next chosen timestep (DDIM eq. 12).
 
         Args:
             model_output: the network's output, (B, C, H, W), or (B, 2C, H, W) with learned variance.
             timestep: t, an int or a tensor, 0-d or (B,).
             sample: x_t, (B, C, H, W).
-            eta: the noise added, 0 (deterministic) to 1 (the posterior's, as DDPM with `fixed_small`).
-            use_clipped_model_output: derive the noise anew from the clipped x0.
+            eta: how much noise to add, 0 (none: deterministic) to 1 (the posterior's, as DDPM with `fixed_small`).
+            use_clipped_model_output: whether to derive the noise anew from the clipped x0.
             generator: of the noise; a list has one per image.
             variance_noise: the noise itself, (B, C, H, W), instead of a generator.
 
@@ -476,7 +482,7 @@ class DDIMScheduler(DiffusionScheduler):
         row = PREDICTIONS[self.config.prediction_type]
         x0 = self.clip(row.x0(output, x_t, alpha_bar_t))
         eps = eps_from_x0(x0, x_t, alpha_bar_t) if use_clipped_model_output else row.eps(output, x_t, alpha_bar_t)
-        # eq. 16: of the noise 1 - alpha_bar_s this share is new, that of the posterior's variance where eta = 1
+        # eq. 16: this share of the noise 1 - alpha_bar_s is new; where eta = 1 it makes up the posterior's variance
         new = eta**2 * (1 - alpha_bar_t / alpha_bar_s) / (1 - alpha_bar_t)
         x_s = mix(sqrt(alpha_bar_s), x0, sqrt((1 - alpha_bar_s) * (1 - new)), eps)
         if eta > 0:

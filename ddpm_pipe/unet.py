@@ -1,8 +1,8 @@
-"""The denoising network of the reference implementation, with the interface of diffusers' UNet2DModel.
+"""The network of the reference implementation, denoising-diffusion-mindspore, with the interface of UNet2DModel.
 
-Self-contained (torch and diffusers only): this file travels with shared checkpoints. Read it from the bottom up:
-`DDPMUNet2DModel`, its down, middle and up levels, then the blocks they are made of. Feature maps are (B, C, H, W), the
-time embedding `temb` is (B, D).
+This file needs only torch and diffusers, since it travels with shared checkpoints. Read it from the bottom up:
+`DDPMUNet2DModel`, its down, middle and up levels, then the blocks that these are made of. Feature maps are
+(B, C, H, W), and the time embedding `temb` is (B, D).
 """
 
 import json
@@ -20,13 +20,16 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 CODE_FILE = "ddpm_unet"
-"""What this file is called, without suffix, beside a saved network."""
+"""The name of this file, without suffix, beside a saved network."""
 
 # ---------------------------------------------------------------- time
 
 
 class SinusoidalEmbedding(nn.Module):
-    """Fixed sines, then cosines, of geometrically spaced frequencies (Vaswani et al. 2017; DDPM, appendix B)."""
+    """Embed timesteps (B,) in (B, dim): fixed sines, then cosines, of geometrically spaced frequencies.
+
+    The source is Vaswani et al. (2017), and DDPM, appendix B.
+    """
 
     def __init__(self, dim: int, theta: float = 10_000.0):
         super().__init__()
@@ -40,7 +43,10 @@ class SinusoidalEmbedding(nn.Module):
 
 
 class FourierEmbedding(nn.Module):
-    """Sines and cosines of Gaussian frequencies beside t itself; the frequencies are learned or stay random."""
+    """Embed timesteps (B,) in (B, dim + 1): t itself, then sines and cosines of frequencies drawn from a Gaussian.
+
+    The frequencies are learned or stay random.
+    """
 
     def __init__(self, dim: int, learned: bool):
         super().__init__()
@@ -62,7 +68,7 @@ TIME_EMBEDDINGS: dict[str, Callable[[int, float], SinusoidalEmbedding | FourierE
 
 
 class TimeMLP(nn.Module):
-    """Linear, exact GELU, Linear on the embedded timestep."""
+    """Apply Linear, exact GELU and Linear to the embedded timestep, (B, in_dim) -> (B, dim)."""
 
     def __init__(self, in_dim: int, dim: int):
         super().__init__()
@@ -89,7 +95,7 @@ class ChannelLayerNorm(nn.Module):
 
 
 class ChannelRMSNorm(nn.Module):
-    """The channels of each pixel divided by their root mean square, with a gain (Zhang & Sennrich 2019)."""
+    """Divide the channels of each pixel by their root mean square, with a gain (Zhang & Sennrich 2019)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -122,7 +128,7 @@ class WeightStandardizedConv2d(nn.Conv2d):
 
 
 class ResnetBlock(nn.Module):
-    """Two times convolution, norm, SiLU, with the time's scale and shift in the first, around a skip."""
+    """Apply convolution, norm and SiLU twice and add a skip; the timestep scales and shifts after the first norm."""
 
     def __init__(
         self,
@@ -151,7 +157,10 @@ class ResnetBlock(nn.Module):
 
 
 class PixelUnshuffleConv2d(nn.Conv2d):
-    """Half the resolution by moving each 2x2 square of pixels into the channels; of an odd size the last is dropped."""
+    """Halve the resolution by moving each 2x2 square of pixels into the channels, then apply a 1x1 convolution.
+
+    The last row or column of an odd size is dropped.
+    """
 
     def __init__(self, in_ch: int, out_ch: int):
         super().__init__(4 * in_ch, out_ch, 1)
@@ -171,7 +180,7 @@ DOWNSAMPLES: dict[str, Callable[[int, int], nn.Module]] = {
 
 
 def _with_memory(k: Tensor, v: Tensor, mem_kv: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
-    """Keys and values (B, heads, ...) of the pixels behind learned ones that every image has, along `dim`."""
+    """Put learned keys and values, the same for all images, before those of the pixels (B, heads, ...) along `dim`."""
     if mem_kv is None:
         return k, v
     mem_k, mem_v = mem_kv.unsqueeze(1).expand(-1, len(k), -1, -1, -1)
@@ -179,7 +188,7 @@ def _with_memory(k: Tensor, v: Tensor, mem_kv: Tensor | None, dim: int) -> tuple
 
 
 class FullAttention(nn.Module):
-    """Softmax attention between all pixels: cost grows with the square of H * W."""
+    """Softmax attention between all pixels: its cost grows with the square of H * W."""
 
     def __init__(self, channels: int, heads: int, head_dim: int, num_mem_kv: int = 0):
         super().__init__()
@@ -198,9 +207,9 @@ class FullAttention(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """Attention with separate softmaxes of queries and keys (Shen et al. 2021): cost grows with H * W.
+    """Attention with separate softmaxes of queries and keys (Shen et al. 2021): its cost grows with H * W.
 
-    The values are divided by H * W, or not where `mean` is False.
+    The values are divided by H * W unless `mean` is False.
     """
 
     def __init__(
@@ -232,7 +241,7 @@ class LinearAttention(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Attention behind a norm and around a skip."""
+    """Apply a norm and then attention, and add a skip."""
 
     def __init__(self, attention: nn.Module, norm: nn.Module):
         super().__init__()
@@ -255,7 +264,7 @@ ATTENTIONS: dict[str, Callable[..., nn.Module]] = {
 
 
 class DownLevel(nn.Module):
-    """ResNet blocks and attention at one resolution, then halve it. Returns also the activation after each block."""
+    """Apply ResNet blocks and attention, then halve the resolution; return also the activation after each block."""
 
     def __init__(self, resnets: Sequence[nn.Module], attention: nn.Module, downsample: nn.Module):
         super().__init__()
@@ -273,7 +282,7 @@ class DownLevel(nn.Module):
 
 
 class UpLevel(nn.Module):
-    """ResNet blocks, each fed one stored activation, and attention; then double the resolution."""
+    """Apply ResNet blocks, each of which is fed one stored activation, and attention; then double the resolution."""
 
     def __init__(self, resnets: Sequence[nn.Module], attention: nn.Module, in_ch: int, out_ch: int):
         super().__init__()
@@ -285,7 +294,7 @@ class UpLevel(nn.Module):
         for resnet, skip in zip(self.resnets, reversed(skips), strict=True):
             x = resnet(torch.cat([x, skip], dim=1), temb)
         x = self.attention(x)
-        if x.shape[-2:] != size:  # an odd size was rounded down on the way: go back to the very size it had
+        if x.shape[-2:] != size:  # the way down rounds odd sizes down, so `size` is the exact one
             x = F.interpolate(x, size=size, mode="nearest")
         return self.upsample(x)
 
@@ -294,7 +303,7 @@ class UpLevel(nn.Module):
 
 
 class DDPMUNet2DModel(ModelMixin, ConfigMixin):
-    """The UNet of the reference implementation: what DDPM's network is, with linear attention at every level.
+    """The UNet of the reference implementation: the network of DDPM with linear attention at every level.
 
     Args:
         sample_size: height and width of the images, an int or (height, width); any size of at least
@@ -309,22 +318,22 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
         downsample_type: "conv" (4x4, stride 2) or "pixel_unshuffle" (2x2 squares into channels, then 1x1).
         attention_types: per level "linear", "linear_sum" (linear, but values are not divided by the number of pixels),
             "full" or "none"; one value for all, or one per level from the highest resolution down.
-        mid_attention_type: the same for the middle.
+        mid_attention_type: the attention of the middle, one of the same values.
         attention_norm_type: norm before each attention and after linear ones, "layer" or "rms".
-        num_attention_heads, attention_head_dim: of every attention; one value for all, or one per level, of which the
-            middle takes the last.
-        num_mem_kv: learned keys and values that each attention has beside those of the pixels.
-        time_embedding_dim: width of the sinusoidal embedding of the timestep; what the time MLP makes of it, or of
-            Fourier features, is four times as wide. None is stem_channels.
+        num_attention_heads, attention_head_dim: number of heads of each attention, and channels of each head; one value
+            for all, or one per level, of which the middle takes the last.
+        num_mem_kv: number of learned keys and values that each attention has beside those of the pixels.
+        time_embedding_dim: width of the sinusoidal embedding of the timestep; the output of the time MLP is four times
+            as wide, also with Fourier features. None is stem_channels.
         time_embedding_type: "positional" (sinusoidal), "learned_fourier" or "random_fourier".
-        time_fourier_dim: sines and cosines of Fourier features together, twice the number of frequencies; None is
-            time_embedding_dim.
-        time_embedding_theta: of the sinusoidal embedding, whose longest period is about 2 pi times as many timesteps.
-        weight_standardization: standardise the filters of the ResNet blocks.
+        time_fourier_dim: number of sines and cosines of Fourier features together, twice the number of frequencies;
+            None is time_embedding_dim.
+        time_embedding_theta: base of the sinusoidal embedding; its longest period is 2 pi theta timesteps.
+        weight_standardization: whether to standardise the filters of the ResNet blocks.
         dropout: probability in [0, 1), inside each ResNet block.
         num_class_embeds: number of classes; labels are 0 to num_class_embeds - 1 and one more embedding, the null
             class, stands for "no label".
-        self_condition: take the last estimate of x0 as additional input (Chen et al. 2023, Analog Bits).
+        self_condition: whether to take the last estimate of x0 as additional input (Chen et al. 2023, Analog Bits).
 
     Raises:
         ValueError: for an unknown value or sizes that cannot work, naming the argument.
@@ -408,7 +417,7 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
         self.gradient_checkpointing = False
 
     def _per_level(self, name: str) -> tuple:
-        """A config value as one entry per level."""
+        """Return a config value as a tuple of one entry per level."""
         value, levels = self.config[name], len(self.config.block_out_channels)
         if isinstance(value, (str, int)):
             return (value,) * levels
@@ -417,7 +426,7 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
         return tuple(value)
 
     def _check(self) -> None:
-        """Raise one sentence where the config cannot make a network."""
+        """Raise ValueError, in one sentence, where the config cannot make a network."""
         config = self.config
         for name, values, accepted in (
             ("time_embedding_type", [config.time_embedding_type], TIME_EMBEDDINGS),
@@ -500,25 +509,25 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
-        """What of a saved config are arguments of this class: not where `AutoModel` finds it."""
+        """Split a saved config as diffusers does, without `auto_map`, which is no argument of this class."""
         return super().extract_init_dict({key: config_dict[key] for key in config_dict if key != "auto_map"}, **kwargs)
 
     def to_json_string(self) -> str:
-        """The config, and for diffusers' `AutoModel.from_pretrained(..., trust_remote_code=True)` where its code is."""
+        """Return the config as JSON, and in it where AutoModel finds the code with trust_remote_code=True."""
         config = json.loads(super().to_json_string())
-        config.pop("_name_or_path", None)  # where it was loaded from is nobody's business
+        config.pop("_name_or_path", None)  # where it was loaded from is private
         config["auto_map"] = {"AutoModel": f"{CODE_FILE}.{DDPMUNet2DModel.__name__}"}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs) -> None:
-        """Write config.json and this file beside it: a network of this class brings its code."""
+        """Write config.json and, beside it, this file, since a network of this class brings its code."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         (Path(save_directory) / f"{CODE_FILE}.py").write_text(Path(__file__).read_text())
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @property
     def null_class(self) -> int | None:
-        """The label that stands for "no label", None for a network without classes."""
+        """The label that stands for "no label"; None for a network without classes."""
         return self.config.num_class_embeds
 
     def forward(
@@ -537,6 +546,9 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
             class_labels: (B,) integers, 0 to num_class_embeds (the null class); None is the null class for all.
             self_cond: the last estimate of x0, shaped like `sample`; None is zeros.
             return_dict: return a `UNet2DOutput` instead of a tuple.
+
+        Returns:
+            `sample`, the prediction, (B, out_channels, H, W).
 
         Raises:
             ValueError: for labels or an estimate that this network has no use for, or images too small for its levels.
@@ -560,7 +572,7 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
         x = self.mid_attention(x)
         x = self._run(self.mid_resnet_2, x, temb)
 
-        # each level is left at the size of the one above it; the first at its own
+        # each level ends at the size of the level above it, and the first at its own
         sizes = [sizes[0], *sizes[:-1]]
         for level, level_skips, size in zip(self.up_blocks, reversed(skips), reversed(sizes), strict=True):
             x = self._run(level, x, temb, level_skips, size)
@@ -570,7 +582,7 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
         return UNet2DOutput(sample=x) if return_dict else (x,)
 
     def _embed(self, timestep: Tensor | float | int, class_labels: Tensor | None, sample: Tensor) -> Tensor:
-        """The embedding (B, D) of the timestep and the class."""
+        """Return the embedding (B, D) of the timestep and the class."""
         timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         temb = self.time_embedding(self.time_proj(timestep).to(self.dtype))
         if self.class_embedding is None:
@@ -582,7 +594,7 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
         return temb + self.class_embedding(class_labels)
 
     def _run(self, block: nn.Module, *args):
-        """A block, its activations recomputed in the backward pass under gradient checkpointing."""
+        """Run a block; gradient checkpointing recomputes its activations in the backward pass."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, *args)
         return block(*args)

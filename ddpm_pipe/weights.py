@@ -1,6 +1,6 @@
-"""The files of a pipeline folder: what they are called, and the network that is read from them.
+"""The files of a pipeline folder: what they are called, and how a network is read from them.
 
-No code of a file runs: JSON and safetensors hold none, and of pickles only tensors and plain values are read.
+Reading runs no code of a file: JSON and safetensors hold none, and from pickles only tensors and plain values are read.
 """
 
 import json
@@ -22,21 +22,22 @@ STEM = "diffusion_pytorch_model"
 """How diffusers names the files of a network's weights."""
 
 LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""Names in UNet2DModels that were saved in 2022, google/ddpm-* among them -> their names since."""
+"""Names in UNet2DModels that were saved in 2022, such as google/ddpm-* -> the names that diffusers uses since then."""
 
 CODE = {"unet": CODE_FILE, "scheduler": "ddpm_schedulers", "pipeline": "ddpm_pipeline"}
-"""Names of the code files, without suffix. diffusers looks for `<component>/<name>.py`, of the pipeline at the root."""
+"""Names of the code files, without suffix. diffusers looks for `<component>/<name>.py`, and at the root for the
+pipeline's."""
 
 CONFIGS = ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json"]
 WEIGHTS = [f"unet/{STEM}*.safetensors", f"unet/{STEM}*.safetensors.index*.json"]
 CODE_FILES = [f"{name}.py" if part == "pipeline" else f"{part}/{name}.py" for part, name in CODE.items()]
-"""All that `save_pretrained` writes into a pipeline folder, as patterns."""
+"""These three lists are patterns of all files that `save_pretrained` writes into a pipeline folder."""
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Return the object in a JSON file.
 
     Raises:
         ValueError: where the file is missing or holds no JSON object, naming it.
@@ -53,7 +54,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_tensors(file: Path) -> Any:
-    """What a safetensors file or a pickle holds: tensors on the CPU, numbers, strings and containers.
+    """Return what a safetensors file or a pickle holds: tensors on the CPU, numbers, strings and containers.
 
     Raises:
         ValueError: for a file that is damaged, or a pickle that holds anything else, naming the file.
@@ -64,7 +65,7 @@ def read_tensors(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # whatever a damaged file makes its reader raise
+    except Exception as error:  # a damaged file can make its reader raise anything
         if file.suffix == ".safetensors":
             raise ValueError(f"{file} is no safetensors file, or is damaged ({error}).") from error
         raise ValueError(
@@ -74,10 +75,10 @@ def read_tensors(file: Path) -> Any:
 
 
 def from_config(cls: type, file: Path) -> Any:
-    """A network whose weights are on the meta device, or a scheduler, of the config in a JSON file.
+    """Make a scheduler, or a network whose weights are on the meta device, from the config in a JSON file.
 
     Raises:
-        ValueError: for a file that is none, or values that the class does not take, naming the file.
+        ValueError: for a file that holds no config, or values that the class does not take, naming the file.
     """
     config = read_json(file)
     if not isinstance(config.get("_class_name", ""), str):
@@ -85,16 +86,16 @@ def from_config(cls: type, file: Path) -> Any:
     try:
         with init_empty_weights():
             return cls.from_config(config)  # type: ignore[attr-defined]
-    except Exception as error:  # whatever values of the wrong kind make the class raise
+    except Exception as error:  # values of the wrong kind can make the class raise anything
         reason = " ".join(str(error).split()).removesuffix(".")
         raise ValueError(f"{file} makes no {cls.__name__}: {reason}.") from error
 
 
 def weight_files(folder: Path, variant: str | None = None, suffix: str = "safetensors") -> list[Path]:
-    """The files that a network was saved in: one, or the shards that an index names; none where it is not there.
+    """Return the files of a network's weights: one, or the shards that an index names; none where there are no weights.
 
     Raises:
-        ValueError: for an index that names anything but files beside it, or is none.
+        ValueError: for an invalid index, or one that names anything but files beside it.
     """
     dotted = f".{variant}" if variant else ""
     index, whole = folder / f"{STEM}.{suffix}.index{dotted}.json", folder / f"{STEM}{dotted}.{suffix}"
@@ -111,13 +112,13 @@ def weight_files(folder: Path, variant: str | None = None, suffix: str = "safete
 
 
 def saved_variants(names: Iterable[str]) -> set[str | None]:
-    """The variants of which there are weights among the files of these names, as "fp16"; None is that without name."""
+    """Return the variants, such as "fp16", whose weights are among files of these names; None is that without name."""
     saved = rf"{STEM}(?:\.([^.]+))?\.safetensors|{STEM}\.safetensors\.index(?:\.([^.]+))?\.json"
     return {match[1] or match[2] for name in names if (match := re.fullmatch(saved, name))}
 
 
 def why_none(source: str, names: Collection[str], variant: str | None) -> str:
-    """A sentence on what is in the way, where `weight_files` found none among the files of these names in a folder."""
+    """Return a sentence that says why `weight_files` found none in a folder with files of these names."""
     there = {variant or "" for variant in saved_variants(names)}
     if there:
         wanted, *others = (f"of variant={name!r}" if name else "without variant" for name in (variant, *sorted(there)))
@@ -132,7 +133,7 @@ def why_none(source: str, names: Collection[str], variant: str | None) -> str:
 
 
 def _listed(names: Collection[str]) -> str:
-    """Names for a sentence, of many the first."""
+    """Return names for a sentence, of many only the first."""
     shown = ", ".join(map(repr, sorted(names)[:5]))
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
@@ -140,13 +141,13 @@ def _listed(names: Collection[str]) -> str:
 def fill(
     network: ModelMixin, weights: Mapping[str, Tensor], source: str, dtype: torch.dtype = torch.float32
 ) -> ModelMixin:
-    """`network` with copies of `weights`, in eval mode.
+    """Put copies of `weights` into `network` and return it in eval mode.
 
     Args:
-        network: whose own weights may be on the meta device.
+        network: a network, whose own weights may be on the meta device.
         weights: name -> tensor.
-        source: what the weights are called in a sentence.
-        dtype: to which they are brought.
+        source: what an error message calls the weights.
+        dtype: the precision of the copies.
 
     Raises:
         ValueError: for weights that are missing, left over, of another shape or not finite, naming them.
@@ -178,14 +179,14 @@ def load_network(
     dtype: torch.dtype = torch.float32,
     suffix: str = "safetensors",
 ) -> ModelMixin:
-    """A network from its folder, on the CPU and in eval mode.
+    """Load a network from its folder, on the CPU and in eval mode.
 
     Args:
-        cls: of the network.
-        folder: of config.json and the weights.
-        variant: which of several saved sets of weights, as "fp16".
-        dtype: to which the weights are brought.
-        suffix: of the files of weights, "safetensors" or "bin".
+        cls: class of the network.
+        folder: folder of config.json and the weights.
+        variant: which of several saved sets of weights to load, such as "fp16".
+        dtype: precision of the loaded weights.
+        suffix: suffix of the weight files, "safetensors" or "bin".
 
     Raises:
         ValueError: for files that are missing or damaged, or weights that are not those of the network, naming them.
@@ -207,5 +208,5 @@ def load_network(
 
 
 def weights_sha256(pipeline: Path) -> dict[str, str]:
-    """The checksums of the files of weights in a pipeline folder, by name: what tells one model from another."""
+    """Return the checksums of the weight files in a pipeline folder, by name; they tell one model from another."""
     return {path.name: sha256(path) for path in sorted((pipeline / "unet").glob("*.safetensors"))}

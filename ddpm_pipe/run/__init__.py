@@ -1,1 +1,1 @@
-"""The folder of a run: what lies where, files written whole, checkpoints."""
+"""The folder of a run: where its files lie, how they are written whole, and its checkpoints."""

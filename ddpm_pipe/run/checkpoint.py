@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, checked when read, the oldest thrown away.
+"""Checkpoints of a run. Each is written whole or not at all and checked when it is read; the oldest are deleted.
 
 A run folder holds `checkpoints/step-00001000/`, ..., each with its files and a `manifest.json` of their SHA-256 sums.
 """
@@ -23,9 +23,9 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        run: whose checkpoints they are.
+        run: the run whose checkpoints they are.
         keep_last: how many of the newest to keep, at least 1.
-        keep_every: keep also those whose step is a multiple of this; 0 for none.
+        keep_every: keep also those whose step is a multiple of this; 0 keeps no others.
     """
 
     def __init__(self, run: Run, keep_last: int = 2, keep_every: int = 0):
@@ -33,19 +33,19 @@ class Checkpoints:
         self.keep_last, self.keep_every = keep_last, keep_every
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints on disk, increasing."""
+        """Return the steps of the checkpoints on disk, in increasing order."""
         return self.run.steps(self.run.checkpoints)
 
     def save(self, step: int, weights: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
-        """Write one checkpoint, then delete those no longer wanted.
+        """Write one checkpoint, then delete those that are no longer wanted, and return its folder.
 
         Args:
-            step: optimizer steps done.
+            step: number of optimizer steps done.
             weights: file name without suffix -> state dict, as safetensors.
             state: everything else, readable by `torch.load(weights_only=True)`.
 
         Raises:
-            CheckpointError: where it cannot be written; earlier checkpoints are intact.
+            CheckpointError: where it cannot be written; earlier checkpoints stay intact.
         """
 
         def write(folder: Path) -> None:
@@ -58,7 +58,7 @@ class Checkpoints:
         return self.run.checkpoint(step)
 
     def _delete_old(self, newest: int) -> None:
-        """Delete what is no longer wanted, and what claims a later step: the run was resumed before it."""
+        """Delete checkpoints that are no longer wanted, and those of later steps, before which the run was resumed."""
         steps = self.steps()
         wanted = [step for step in steps if step <= newest][-self.keep_last :]
         for step in steps:
@@ -67,9 +67,9 @@ class Checkpoints:
                 shutil.rmtree(self.run.checkpoint(step), ignore_errors=True)
 
     def load(self) -> tuple[int, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-        """Step, weights and state of the newest checkpoint that can be read; None where there is none at all.
+        """Return step, weights and state of the newest checkpoint that can be read; None where there is no checkpoint.
 
-        An unreadable one is reported and the one before it is taken.
+        Where a checkpoint cannot be read, the log says so and the one before it is tried.
 
         Raises:
             CheckpointError: where there are checkpoints and none can be read.

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and whose checksums are compared when they are read."""
+"""Write files and folders whole or not at all, and compare their checksums when they are read."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ class CheckpointError(ValueError):
 
 
 def sync(path: Path) -> None:
-    """Make a file or folder survive a power cut."""
+    """Flush a file or folder to the disk, so that it survives a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -35,7 +35,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A name to write to, whose file becomes `path` when all is written."""
+    """Yield a path to write to; its file replaces `path` once the block ends without an error."""
     new = path.with_name(f".{path.name}.new")
     try:
         yield new
@@ -47,10 +47,10 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path, others: str) -> Iterator[None]:
-    """Hold a lock file. Where another process holds it, say what it does, the sentence `others`, and wait for it.
+    """Hold a lock file. Where another process holds it, log `others`, which says what that process does, and wait.
 
     Raises:
-        OSError: where the file cannot be written.
+        OSError: where the lock file cannot be written.
     """
     lock = FileLock(path)
     try:
@@ -65,16 +65,16 @@ def locked(path: Path, others: str) -> Iterator[None]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or leave it as it was."""
+    """Write a text file whole, or leave it as it was."""
     with whole_file(path) as new:
         new.write_text(text)
 
 
 def replace_folder(folder: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a new folder, then put it in the place of `folder`.
+    """Let `write` fill a new folder, then put the new one in the place of `folder`.
 
     Raises:
-        CheckpointError: where the disk is full or the folder read-only; `folder` is then as it was.
+        CheckpointError: where the new folder cannot be written, as on a full disk; `folder` is then as it was.
     """
     new, old = _beside(folder)
     try:
@@ -90,19 +90,22 @@ def replace_folder(folder: Path, write: Callable[[Path], Any]) -> None:
         sync(folder.parent)
         _settle(folder)
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
-        with suppress(OSError):  # then the next write settles it
+        with suppress(OSError):  # the next write settles it then
             _settle(folder)
         raise CheckpointError(f"{folder} could not be written ({error}); what was saved before is intact.") from error
 
 
 def _beside(folder: Path) -> tuple[Path, Path]:
-    """Where a folder's next and last versions lie during an exchange; the last one is always whole."""
+    """Return where the next and the last version of a folder lie during an exchange; the last one is always whole."""
     return folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
 
 
 def _settle(folder: Path) -> None:
-    """End an exchange, also one that a kill cut short: the last version goes back where the next did not get in its
-    place, and otherwise is deleted, under the name of what need not be whole."""
+    """Finish an exchange of folders, also one that was interrupted.
+
+    Where the next version did not take its place, the last version goes back there. Otherwise the last version is
+    deleted, under the name of the next one, since a folder of that name need not be whole.
+    """
     new, old = _beside(folder)
     shutil.rmtree(new, ignore_errors=True)
     if old.exists():
@@ -118,12 +121,12 @@ def save_tensors(folder: Path, weights: Mapping[str, Mapping[str, Tensor]]) -> N
 
 
 def shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    """Names and shapes of a state dict: which network it is of."""
+    """Return the names and shapes of a state dict, which tell of which network it is."""
     return {name: tensor.shape for name, tensor in weights.items()}
 
 
 def write_manifest(folder: Path, step: int) -> None:
-    """Write the SHA-256 sums of all files of a folder beside them."""
+    """Write the step and the SHA-256 sums of all files of a folder into its manifest."""
     sums = {path.name: sha256(path) for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps({"step": step, "sha256": sums}, indent=2))
 
@@ -144,6 +147,6 @@ def check_manifest(folder: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""The folder of a run: where each thing of it lies, who may write into it, and how it is deleted."""
+"""The folder of a run: where its files lie, who may write into it, and how it is deleted."""
 
 import glob
 import json
@@ -15,23 +15,23 @@ from ddpm_pipe.config import read_config_file
 from ddpm_pipe.run.files import replace_folder
 
 EVALUATION = "evaluation.json"
-"""What was measured of a pipeline, in its own folder: with its weights it is replaced."""
+"""The file of what was measured of a pipeline. It lies in the pipeline's folder, so new weights replace it too."""
 TRAINING = "training.json"
-"""Says in the folder of a run's pipeline after how many optimizer steps it was written."""
+"""The file in a pipeline's folder that says after how many optimizer steps of its run the pipeline was written."""
 
 
 class Run:
-    """One run folder. No other module spells the name of a file in it.
+    """One run folder. No other module spells the names of the files in it.
 
     Args:
         folder: the folder, which need not exist yet.
 
     Attributes:
-        config: every choice of the run; where it exists there is a run.
-        plan: what is printed before the first step, for the model card.
-        metrics: the log, one JSON object a line.
-        report: curves of the log.
-        pipeline: the averaged network as a pipeline.
+        config: every choice of the run.
+        plan: what the run prints before its first step, kept for the model card.
+        metrics: the log, one JSON object per line.
+        report: the curves of the log.
+        pipeline: the averaged network, saved as a pipeline.
         checkpoints, snapshots, samples: folders of checkpoints, of power-function averages and of sample grids.
     """
 
@@ -59,23 +59,23 @@ class Run:
         return self.snapshots / f"step-{step:08d}"
 
     def grids(self, step: int) -> dict[str, Path]:
-        """Where the sample grids of the averaged and of the raw network are kept."""
+        """Return where the sample grids of the averaged and of the raw network are kept."""
         return {name: self.samples / f"step-{step:08d}{end}.png" for name, end in (("average", ""), ("raw", "-raw"))}
 
     def average(self, sigma_rel: float) -> Path:
-        """Where the pipeline of a power-function average of this width is written."""
+        """Return where the pipeline of a power-function average of this width is written."""
         return self.folder / f"ema-{sigma_rel:g}"
 
     @staticmethod
     def steps(folder: Path) -> list[int]:
-        """The steps of what lies in a folder of checkpoints, snapshots or grids, increasing."""
+        """Return the steps of the checkpoints, snapshots or grids in a folder, in increasing order."""
         found = (re.fullmatch(r"step-(\d+)((-raw)?\.png)?", path.name) for path in folder.glob("step-*"))
         return sorted({int(match[1]) for match in found if match})
 
     # ------------------------------------------------------------ what it holds
 
     def exists(self) -> bool:
-        """Whether the folder holds a run: its config and plan, or its config alone where a kill left no more."""
+        """Return whether the folder holds a run: a config and a plan, or a config alone where a kill left no more."""
         try:
             is_config = {"data", "output_dir"} <= self.read_config().keys()
         except ValueError:
@@ -83,15 +83,15 @@ class Run:
         return is_config and (self.plan.exists() or self._contents() == [self.config])
 
     def read_config(self) -> dict[str, Any]:
-        """The config of the run; raises ValueError where it cannot be read."""
+        """Return the config of the run; raise ValueError where it cannot be read."""
         return read_config_file(self.config)
 
     def read_plan(self) -> dict[str, Any]:
-        """The plan of the run; raises ValueError where it cannot be read."""
+        """Return the plan of the run; raise ValueError where it cannot be read."""
         return read_config_file(self.plan)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The entries of the log, oldest first; a last line that was cut short is left out."""
+        """Return the entries of the log, oldest first, without a last line that was cut short."""
         entries = []
         for line in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
             try:
@@ -103,10 +103,10 @@ class Run:
     # ------------------------------------------------------------ writing
 
     def save_pipeline(self, folder: Path, pipeline: Any, step: int) -> None:
-        """Put a pipeline in the place of `folder`, with the number of steps that its weights were trained for.
+        """Replace `folder` with a pipeline and the number of steps that its weights were trained for.
 
         Raises:
-            CheckpointError: as `replace_folder`.
+            CheckpointError: as in `replace_folder`.
         """
 
         def write(new: Path) -> None:
@@ -117,10 +117,10 @@ class Run:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the folder and keep other processes from training in it; the system frees the lock of a killed one.
+        """Make the folder and keep other processes from training in it. The system frees the lock of a killed process.
 
         Raises:
-            ValueError: where another process trains in it, or it cannot be written.
+            ValueError: where another process trains in the folder, or it cannot be written.
         """
         lock = FileLock(self._lock, timeout=0)
         try:
@@ -136,7 +136,7 @@ class Run:
             lock.release()
 
     def check_clearable(self) -> None:
-        """Raise ValueError where the folder holds something else than a run, or the images the run was trained on."""
+        """Raise ValueError where the folder holds anything but a run, or the images that the run was trained on."""
         found = sorted(path.name for path in self._contents())
         if found and not self.exists():
             raise ValueError(
@@ -147,17 +147,17 @@ class Run:
             self.check_apart(str(self.read_config()["data"]))
 
     def check_apart(self, data: str) -> None:
-        """Raise ValueError where images, named as for training, lie in the folder."""
+        """Raise ValueError where images lie in the folder; `data` names them as for training."""
         path = Path(data).expanduser()
         here = path.exists() or glob.has_magic(data)  # else it is an id on the Hub
         if here and self.folder.resolve() in (path.resolve(), *path.resolve().parents):
             raise ValueError(f"data={data!r} lies in output_dir={str(self)!r}, which --overwrite deletes.")
 
     def clear(self) -> None:
-        """Delete everything in the folder, plan and config last: a kill in between leaves what is still a run.
+        """Delete everything in the folder, plan and config last, so that what an interruption leaves is still a run.
 
         Raises:
-            ValueError: where the folder holds something else than a run, or something cannot be deleted.
+            ValueError: where the folder holds anything but a run, or something cannot be deleted.
         """
         self.check_clearable()
         try:
