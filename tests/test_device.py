@@ -7,15 +7,21 @@ combines it with a tensor of the CPU; on a GPU the first would wait for all that
 import diffusers
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_pipe import DDIMScheduler, DDPMPipeline, DDPMScheduler, DDPMUNet2DModel
+from ddpm_pipe.data.memory import load_images
 from ddpm_pipe.editing import ImageToImagePipeline, InpaintPipeline, InversionPipeline
 from ddpm_pipe.likelihood import variational_bound
 from ddpm_pipe.objective import LOSSES, Objective
 from ddpm_pipe.prediction import LOSS_WEIGHTS, PREDICTIONS
 from ddpm_pipe.sampling.config import SCHEDULERS
 from ddpm_pipe.sampling.protocol import plug_in
+from ddpm_pipe.training.draws import micro_batches
 from ddpm_pipe.training.ema import EMA
+from ddpm_pipe.training.launcher import make_accelerator
+from ddpm_pipe.training.recipe import make_objective, make_scheduler, make_unet
+from ddpm_pipe.training.state import TrainState
 
 META = torch.device("meta")
 OPTIONS = {"num_inference_steps": 5, "class_labels": 3, "output_type": "pt", "return_dict": False}
@@ -121,3 +127,42 @@ def test_the_bound_waits_for_nothing():
         lambda x_t, t: network_of(x_t, t, torch.zeros_like(x_t)), made.scheduler, PICTURES.to(META), 10, draw
     )
     assert bound.total.device == META
+
+
+# ---------------------------------------------------------------- waits that the meta device cannot count
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often a number is taken out of a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_training_step_waits_once_whatever_it_is_cut_into(recipe, accumulation):
+    config = recipe(gradient_accumulation_steps=accumulation, class_conditional=True, flip=True, offset_noise=0.1)
+    accelerator = make_accelerator(config)
+    data = load_images(config.data, config.split, resolution=config.resolution, with_labels=True)
+    state, batches = TrainState(config, make_unet(config, data), accelerator), data.batches(config.batch_size, 0)
+    objective = make_objective(config, make_scheduler(config))
+    for step in range(2):
+        batch = slice(0, config.batch_size // accumulation), slice(config.batch_size // accumulation, config.batch_size)
+        images = {part.start: batches(step, part) for part in batch}  # looked up on the CPU, wherever they go
+        with Waits() as waits:
+            seen, probabilities = [], state.timesteps.probabilities()
+            for part, draws in micro_batches(config, accelerator, probabilities, step, data.shape):
+                x0, labels = images[part.start]
+                conditions = draws.conditions(labels, state.null_class)
+                with accelerator.accumulate(state.unet):
+                    losses = objective(state.unet, draws.mirrored(x0), draws.t, draws.eps, **conditions)
+                    accelerator.backward((losses * draws.weight).mean())
+                seen.append((draws.t, losses.detach()))
+            state.optimizer_step(step, seen)
+        assert waits.count == 1, "the norm of the gradient, which says whether it is finite"
+    with Waits() as waits:
+        state.check_finite(2)
+    assert waits.count == 1
