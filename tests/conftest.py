@@ -1,4 +1,5 @@
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,14 +19,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @contextmanager
-def one_sentence(*parts: str) -> Iterator[None]:
-    """What is done here is refused with a ValueError of one line that ends with a full stop and holds these parts."""
+def one_sentence(*parts: str, match: str = "") -> Iterator[None]:
+    """What is done here raises a ValueError of one line, which ends with a full stop, has these parts, and matches."""
     with pytest.raises(ValueError) as error:
         yield
     told = str(error.value)
     assert told.endswith(".") and "\n" not in told, told
     for part in parts:
         assert part in told, told
+    assert re.search(match, told), told
 
 
 @pytest.fixture(scope="session")

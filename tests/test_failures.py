@@ -188,7 +188,7 @@ def test_a_file_in_the_place_of_the_checkpoints_is_one_sentence(recipe):
     config = recipe(sample_every=0)
     Path(config.output_dir).mkdir()
     (Path(config.output_dir) / "checkpoints").write_text("not a folder")
-    with pytest.raises(CheckpointError, match=r"checkpoints/step-00000006 could not be written"):
+    with one_sentence(match=r"checkpoints/step-00000006 could not be written"):
         train(config)
 
 

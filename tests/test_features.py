@@ -13,6 +13,7 @@ from pathlib import Path
 import pypi
 import pytest
 import torch
+from conftest import one_sentence
 from feature_network import torch_fidelity  # noqa: F401
 from torch import Tensor, nn
 
@@ -119,7 +120,7 @@ def test_half_precision_features_become_float32():
     "bad", [PIXELS.float(), PIXELS[0], PIXELS.repeat(1, 2, 1, 1)[:, :4]], ids=["float", "3-D", "RGBA"]
 )
 def test_other_images_end_in_one_sentence(network, bad):
-    with pytest.raises(ValueError, match=r"^images must be uint8 \(B, 1 or 3, H, W\) to have features, not"):
+    with one_sentence(match=r"^images must be uint8 \(B, 1 or 3, H, W\) to have features, not"):
         network(bad)
 
 
@@ -127,12 +128,12 @@ def test_other_images_end_in_one_sentence(network, bad):
     "output", [lambda x: x, lambda x: "text", lambda x: x.flatten(1)[:1], lambda x: (x.flatten(1),) * 3]
 )
 def test_network_that_returns_something_else_ends_in_one_sentence(output):
-    with pytest.raises(ValueError, match=r"features='odd' must return features \(B, D\), or features and logits"):
+    with one_sentence(match=r"features='odd' must return features \(B, D\), or features and logits"):
         FeatureNetwork(output, "odd", "")(PIXELS)
 
 
 def test_images_of_a_size_that_the_network_does_not_take_end_in_one_sentence(network):
-    with pytest.raises(ValueError, match=r"features='small' fails on images \(23, 3, 2, 2\): "):
+    with one_sentence(match=r"features='small' fails on images \(23, 3, 2, 2\): "):
         network(PIXELS[:, :, :2, :2])
 
 
@@ -164,7 +165,7 @@ def test_other_files_end_in_one_sentence(tmp_path, content):
     elif content == "state dict":
         torch.save(small().state_dict(), path)
     what = "is no file; give another" if content == "missing" else "is neither TorchScript"
-    with pytest.raises(ValueError, match=f"^features='.*other.pt' {what}[^\n]*$"):
+    with one_sentence(match=f"^features='.*other.pt' {what}[^\n]*$"):
         load_features(str(path))
 
 
@@ -288,7 +289,7 @@ def test_no_more_than_a_batch_is_asked_for(network):
 
 
 def test_no_images_end_in_one_sentence(network):
-    with pytest.raises(ValueError, match="count=0 must be at least 1 image"):
+    with one_sentence(match="count=0 must be at least 1 image"):
         extract(network, images, 0)
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import one_sentence
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard, constants
 from runs import REPO, make_recipe, write_config
@@ -282,14 +283,16 @@ def test_a_connection_dropped_once_is_got_over(hub, push):
 
 @pytest.mark.parametrize(("token", "status"), [("hf_bad", "401"), ("hf_other", "403")])
 def test_a_token_that_may_not_is_one_sentence(push, token, status):
-    with pytest.raises(PushError, match=rf"the push to org/mine failed \(.*{status}.*\)"):
+    with pytest.raises(
+        PushError, match=rf"^the push to org/mine failed \(.*{status}.*\)[^\n]*$"
+    ):  # ends with a command
         push(token=token)
 
 
 @pytest.mark.parametrize("what", ["run", "pipeline"])
 def test_a_folder_without_a_pipeline_is_one_sentence(config, tmp_path, what):
     options = {"run": config.output_dir, "repo": "org/mine", "pipeline": "pipeline"} | {what: "none"}
-    with pytest.raises(ValueError, match=r"run=.* has no pipeline in .*none"):
+    with one_sentence(match=r"run=.* has no pipeline in .*none"):
         stage(PushConfig(**options), tmp_path)
 
 

@@ -71,8 +71,9 @@ class FeatureNetwork:
         try:
             output = self.module(images.expand(-1, 3, -1, -1).contiguous().to(self.device))
         except (RuntimeError, AssertionError, ValueError) as error:  # an exported program asserts its guards
-            reason = str(error).strip().splitlines()[-1:]
-            raise ValueError(f"features={self.name!r} fails on images {tuple(images.shape)}: {reason}") from error
+            *_, reason = str(error).strip().splitlines() or [type(error).__name__]
+            shape = tuple(images.shape)
+            raise ValueError(f"features={self.name!r} fails on images {shape}: {reason.rstrip('.')}.") from error
         parts = list(output) if isinstance(output, (tuple, list)) else [output]
         if len(parts) not in (1, 2) or any(getattr(part, "shape", ())[:-1] != (len(images),) for part in parts):
             raise ValueError(f"features={self.name!r} must return features (B, D), or features and logits (B, K).")
