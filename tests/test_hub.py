@@ -283,9 +283,8 @@ def test_a_connection_dropped_once_is_got_over(hub, push):
 
 @pytest.mark.parametrize(("token", "status"), [("hf_bad", "401"), ("hf_other", "403")])
 def test_a_token_that_may_not_is_one_sentence(push, token, status):
-    with pytest.raises(
-        PushError, match=rf"^the push to org/mine failed \(.*{status}.*\)[^\n]*$"
-    ):  # ends with a command
+    one_line = rf"^the push to org/mine failed \(.*{status}.*\)[^\n]*$"  # it ends with a command, not with a full stop
+    with pytest.raises(PushError, match=one_line):
         push(token=token)
 
 
