@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from timing import interleaved, median
 
+from ddpm_pipe.cli import PRESETS
 from ddpm_pipe.config import parse
 from ddpm_pipe.data.images import to_unit_range
 from ddpm_pipe.data.memory import ImageData
@@ -21,7 +22,6 @@ from ddpm_pipe.training.config import TrainConfig
 from ddpm_pipe.training.recipe import make_scheduler, make_unet
 from ddpm_pipe.training.state import TrainState
 
-PRESETS = Path(__file__).resolve().parent.parent / "ddpm_pipe" / "presets"
 SHAPES = {"fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32), "flowers": (3, 128, 128)}
 
 
@@ -61,5 +61,5 @@ def measure(preset: Path, batch_size: int = 16, repeats: int = 5) -> None:
 
 
 if __name__ == "__main__":
-    for preset in map(Path, sys.argv[1:] or (str(PRESETS / "fashion_mnist.yaml"), str(PRESETS / "cifar10.yaml"))):
+    for preset in map(Path, sys.argv[1:] or (PRESETS["fashion_mnist"], PRESETS["cifar10"])):
         measure(preset)

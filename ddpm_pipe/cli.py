@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ddpm_pipe import __version__
 from ddpm_pipe.config import FILE_SUFFIXES, parse
 
 
@@ -35,20 +36,20 @@ COMMANDS = {
         "convert.config:ConvertConfig", "convert.command:convert", "convert a checkpoint of another project"
     ),
 }
-PRESETS = Path(str(files("ddpm_pipe"))) / "presets"
+PRESETS = {path.stem: path for path in sorted(Path(str(files("ddpm_pipe"))).glob("presets/*.yaml"))}
+"""Name of a preset -> its file."""
 
 
 def usage() -> str:
     """Return the text that `ddpm-pipe --help` prints."""
     lines = [f"  {name:10}{command.help}" for name, command in COMMANDS.items()]
-    presets = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
     return "\n".join(
         [
             "usage: ddpm-pipe COMMAND [preset or config.yaml] [--key value ...]",
             "",
             *lines,
             "",
-            f"ddpm-pipe COMMAND --help lists the keys. Presets of train: {presets}.",
+            f"ddpm-pipe COMMAND --help lists the keys. Presets of train: {', '.join(PRESETS)}.",
             "Several GPUs or processes: accelerate launch -m ddpm_pipe COMMAND ...",
         ]
     )
@@ -64,6 +65,9 @@ def main(argv: Sequence[str] | None = None, **defaults: Any) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
+        return
+    if argv[0] == "--version":
+        print(f"ddpm-pipe {__version__}")
         return
     name, *rest = argv
     try:
@@ -81,31 +85,19 @@ def run(name: str, argv: list[str], defaults: dict[str, Any]) -> None:
     """Parse the config of a command and call its function.
 
     Raises:
-        ValueError: for an unknown command, or an invalid config.
+        ValueError: for an unknown command or preset, or an invalid config.
     """
     if name not in COMMANDS:
         raise ValueError(f"there is no such command; use one of {', '.join(COMMANDS)}.")
     command = COMMANDS[name]
     if argv and not argv[0].startswith("-") and not argv[0].endswith(FILE_SUFFIXES):
-        argv = [str(preset(argv[0])), *argv[1:]]
+        if argv[0] not in PRESETS:
+            known = ", ".join(PRESETS)
+            raise ValueError(f"{argv[0]!r} is neither a config file (.yaml, .yml, .json) nor a preset: {known}.")
+        argv = [str(PRESETS[argv[0]]), *argv[1:]]
     config = parse(load(command.config), argv, prog=f"ddpm-pipe {name}", **defaults)
     load("launch:use_all_cores")()
     load(command.function)(config)
-
-
-def preset(name: str) -> Path:
-    """Return the file of a preset.
-
-    Raises:
-        ValueError: where no preset has this name.
-    """
-    path = PRESETS / f"{name}.yaml"
-    if not path.exists():
-        known = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
-        raise ValueError(
-            f"{name!r} is neither a config file (.yaml, .yml, .json) nor a preset, of which there are {known}."
-        )
-    return path
 
 
 def load(place: str) -> Any:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from conftest import one_sentence
 
+from ddpm_pipe import __version__
 from ddpm_pipe.cli import PRESETS
 from ddpm_pipe.config import Config, make_parser, parse
 from ddpm_pipe.convert.config import ConvertConfig
@@ -266,6 +267,10 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         cli.main(["train"])
 
 
-@pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml")))
+@pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_valid(preset):
-    parse_train(str(PRESETS / f"{preset}.yaml"), data="x")
+    parse_train(str(PRESETS[preset]), data="x")
+
+
+def test_the_version_is_told():
+    assert command("--version").stdout.strip() == f"ddpm-pipe {__version__}"

@@ -122,7 +122,7 @@ ROOMS: dict[str, set[str]] = {
     "evaluation": {"method", "config", "randomness", "launch", "run", "data", "weights", "pretrained", "sampling"}
     | {"sharing"},
     "convert": {"method", "config", "run", "weights", "pretrained"},
-    "cli": {"config"},
+    "cli": {"config", "__init__"},
 }
 """Room or module -> where it may import from, besides itself. The command line loads what it runs by name."""
 

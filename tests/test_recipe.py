@@ -58,7 +58,7 @@ def test_initial_weights_follow_the_seed():
 
 
 def test_cifar10_preset_has_the_published_number_of_weights():
-    config = parse(TrainConfig, [str(PRESETS / "cifar10.yaml")])
+    config = parse(TrainConfig, [str(PRESETS["cifar10"])])
     assert sum(p.numel() for p in make_unet(config, images(3, 32, 32)).parameters()) == 35_746_307
 
 
