@@ -274,6 +274,17 @@ def choose_channels(headers: Iterable[Header], channels: int | None) -> int:
 # ---------------------------------------------------------------- pixels as numbers
 
 
+def describe_shape(shape: tuple[int, ...]) -> str:
+    """Describe the size and channels of images of shape (C, H, W)."""
+    channels, height, width = shape
+    return f"{width}x{height}, {channels} channel{'s' * (channels > 1)}"
+
+
+def describe_classes(names: tuple[str, ...]) -> list[str]:
+    """Return a line that lists the classes; none where there are no classes."""
+    return [f"{len(names)} classes: {', '.join(names)}"] if names else []
+
+
 def to_unit_range(images: Tensor) -> Tensor:
     """Scale uint8 pixels, 0 to 255, to float32 in [-1, 1] (DDPM, section 3.3)."""
     return images.float() / 127.5 - 1

@@ -27,6 +27,8 @@ from ddpm_pipe.data.images import (
     Unreadable,
     choose_channels,
     choose_size,
+    describe_classes,
+    describe_shape,
     first_header,
     gib,
     header_of,
@@ -108,16 +110,12 @@ class ImageData:
 
     def summary(self) -> str:
         """Describe the images in one line, for the plan and the model card."""
-        channels, height, width = self.shape
-        size = f"{width}x{height}, {channels} channel{'s' * (channels > 1)}"
-        return f"{len(self)} images per epoch, {size}, from column {self.column!r}"
+        return f"{len(self)} images per epoch, {describe_shape(self.shape)}, from column {self.column!r}"
 
     def notes(self) -> list[str]:
         """Return further lines to print before training: where images are kept, the classes, and unreadable images."""
         where = "memory-mapped" if self.memory_mapped else "in memory"
-        lines = [f"{self.images.nbytes / 2**20:.1f} MiB {where}"]
-        if self.class_names:
-            lines.append(f"{len(self.class_names)} classes: {', '.join(self.class_names)}")
+        lines = [f"{self.images.nbytes / 2**20:.1f} MiB {where}", *describe_classes(self.class_names)]
         if self.skipped:
             lines.append(f"{len(self.skipped)} unreadable images skipped:")
             lines.extend(f"  {line}" for line in self.skipped)

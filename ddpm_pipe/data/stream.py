@@ -19,6 +19,8 @@ from ddpm_pipe.data.images import (
     check_memory,
     choose_channels,
     choose_size,
+    describe_classes,
+    describe_shape,
     first_header,
     map_cells,
     open_image,
@@ -137,14 +139,11 @@ class ImageStream:
 
     def summary(self) -> str:
         """Describe the stream in one line, for the plan and the model card."""
-        channels, height, width = self.shape
-        size = f"{width}x{height}, {channels} channel{'s' * (channels > 1)}"
-        return f"a stream of images, {size}, from column {self.column!r}"
+        return f"a stream of images, {describe_shape(self.shape)}, from column {self.column!r}"
 
     def notes(self) -> list[str]:
         """Return further lines to print before training: the classes."""
-        names = self.class_names
-        return [f"{len(names)} classes: {', '.join(names)}"] if names else []
+        return describe_classes(self.class_names)
 
 
 def stream_images(
