@@ -67,6 +67,15 @@ class Run:
         return self.folder / f"ema-{sigma_rel:g}"
 
     @staticmethod
+    def width(pipeline: Path) -> str | None:
+        """Return the width of the average in a pipeline's folder, by its name.
+
+        It is None for the average of the training loop, the only one that the log of the run describes.
+        """
+        match = re.fullmatch(r"ema-(.*)", pipeline.name)
+        return match and match[1]
+
+    @staticmethod
     def steps(folder: Path) -> list[int]:
         """Return the steps of the checkpoints, snapshots or grids in a folder, in increasing order."""
         found = (re.fullmatch(r"step-(\d+)((-raw)?\.png)?", path.name) for path in folder.glob("step-*"))

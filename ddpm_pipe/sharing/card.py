@@ -125,7 +125,8 @@ def trained_steps(pipeline: Path) -> float:
 
 def trained_entries(run: Run, pipeline: Path) -> list[dict[str, Any]]:
     """Return the entries of the log of a run up to the step at which a pipeline was saved."""
-    return [entry for entry in run.read_metrics() if entry["step"] <= trained_steps(pipeline)]
+    last = trained_steps(pipeline)
+    return [entry for entry in run.read_metrics() if entry["step"] <= last]
 
 
 def find_picture(run: Run, pipeline: Path) -> Path | None:
@@ -134,10 +135,10 @@ def find_picture(run: Run, pipeline: Path) -> Path | None:
     Returns:
         The file; None where there is no grid, or the pipeline holds an average that draws none.
     """
-    if is_other_average(pipeline):
+    if Run.width(pipeline) is not None:
         return None
-    steps = [step for step in run.steps(run.samples) if step <= trained_steps(pipeline)]
-    grids = [run.grids(step)["average"] for step in reversed(steps)]
+    last = trained_steps(pipeline)
+    grids = [run.grids(step)["average"] for step in reversed(run.steps(run.samples)) if step <= last]
     return next((grid for grid in grids if grid.exists()), None)
 
 
@@ -147,7 +148,7 @@ def find_picture(run: Run, pipeline: Path) -> Path | None:
 def read_held_out_loss(run: Run, pipeline: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
     """Return type, name, value and protocol of the last held-out loss; [] where it was not measured of this average."""
     held_out = [entry for entry in trained_entries(run, pipeline) if "held_out_loss" in entry]
-    if not held_out or is_other_average(pipeline):
+    if not held_out or Run.width(pipeline) is not None:
         return []
     protocol = (
         f"{recipe['loss']} loss of {recipe['prediction_type']}, averaged weights after {held_out[-1]['step']} steps, "
@@ -192,15 +193,11 @@ def read_evaluation(run: Run | None, pipeline: Path) -> dict[str, Any]:
     return result | {"metrics": [row for row in metrics if row not in foreign]}
 
 
-def is_other_average(pipeline: Path) -> bool:
-    """Whether a pipeline of a run holds an average that was made after training, which the log does not describe."""
-    return pipeline.name.startswith("ema-")
-
-
 def describe_average(pipeline: Path, recipe: dict[str, Any]) -> str:
     """Say which average of the weights a pipeline folder of a run holds."""
-    if is_other_average(pipeline):
-        return f"power-function average, sigma_rel {pipeline.name.removeprefix('ema-')} (Karras et al. 2024)"
+    width = Run.width(pipeline)
+    if width is not None:
+        return f"power-function average, sigma_rel {width} (Karras et al. 2024)"
     return f"exponential moving average, decay {recipe['ema_decay']} with warm-up of power {recipe['ema_power']:.3g}"
 
 
