@@ -89,7 +89,7 @@ def our_step(config: TrainConfig, precision: str) -> Step:
         seen = []
         for part, draws in micro_batches(config, accelerator, state.timesteps.probabilities(), step, data.shape):
             x0, _ = batches(step, part, accelerator.device)
-            torch.manual_seed(draws.dropout_seed)
+            draws.seed_dropout(state.dropouts)
             losses = objective(state.unet, draws.mirrored(x0), draws.t, draws.eps)
             accelerator.backward(losses.mean())
             seen.append((draws.t, losses.detach()))

@@ -244,10 +244,9 @@ def slerp(first: Tensor, last: Tensor, share: Tensor) -> Tensor:
     a, b = first.double(), last.double()
     cosine = (a * b).sum() / (a.norm() * b.norm())
     angle = cosine.clamp(-1, 1).arccos()
-    share = share.to(a).view(-1, *[1] * a.ndim)
-    if not angle.sin() > 1e-6:
-        return torch.lerp(a, b, share).to(first.dtype)
-    return (((1 - share) * angle).sin() / angle.sin() * a + (share * angle).sin() / angle.sin() * b).to(first.dtype)
+    share = share.to(a, non_blocking=True).view(-1, *[1] * a.ndim)
+    arc = ((1 - share) * angle).sin() / angle.sin() * a + (share * angle).sin() / angle.sin() * b
+    return torch.where(angle.sin() > 1e-6, arc, torch.lerp(a, b, share)).to(first.dtype)
 
 
 def resampling_order(steps: int, jump_length: int, resamplings: int) -> list[int]:

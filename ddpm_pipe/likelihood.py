@@ -120,7 +120,7 @@ def variational_bound(
         raise ValueError(f"count={count} must lie between 1 and {last}, the number of transitions.")
 
     def term(t: Tensor) -> Tensor:
-        eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0.device)
+        eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0.device, non_blocking=True)
         x_t = scheduler.add_noise(x0, eps, t)
         return vlb_term(scheduler, denoise(x_t, t), x0, x_t, t)
 
@@ -129,6 +129,6 @@ def variational_bound(
     transitions = torch.zeros_like(decoder)
     for k in range(count):
         low, high = 1 + k * last // count, 1 + (k + 1) * last // count
-        t = torch.randint(low, high, batch, generator=generator).to(x0.device)
+        t = torch.randint(low, high, batch, generator=generator).to(x0.device, non_blocking=True)
         transitions += (high - low) * term(t)
     return Bound(prior_term(scheduler, x0), transitions, decoder)

@@ -1,6 +1,6 @@
 """The forward process q of DDPM: how much noise there is at each timestep, and what follows from it in closed form.
 
-The module holds pure functions and needs only torch. Tables are float64 of shape (T,). A coefficient, such as
+The functions are pure, except for `draw_noise`. Tables are float64 of shape (T,). A coefficient, such as
 `alpha_bar`, multiplies images of shape (B, C, H, W). It is a number or a 0-d tensor where the whole batch has one noise
 level, and has shape (B,) where each image has its own. The formulas are the same for all of these; with numbers, the
 device computes nothing but the images.
@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ddpm_pipe.checks import check_choice
@@ -210,3 +211,25 @@ def posterior(
 def snr(alpha_bar: Tensor) -> Tensor:
     """Return the signal-to-noise ratio alpha_bar / (1 - alpha_bar) (Kingma et al. 2021, eq. 2)."""
     return alpha_bar / (1 - alpha_bar)
+
+
+# ---------------------------------------------------------------- noise itself
+
+
+def draw_noise(
+    shape: tuple[int, ...],
+    generator: torch.Generator | list[torch.Generator] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Draw N(0, I), the numbers that diffusers draws; what a generator of the CPU draws is copied without a wait.
+
+    Args:
+        shape: (B, ...) of the noise.
+        generator: source of the noise; a list has one per image, and None is torch's own generator of the device.
+        device, dtype: of the noise.
+    """
+    first = generator[0] if isinstance(generator, list) else generator
+    on_cpu = first is not None and first.device.type == "cpu"
+    drawn = randn_tensor(shape, generator, torch.device("cpu") if on_cpu else device, dtype)
+    return drawn.to(device, non_blocking=True)

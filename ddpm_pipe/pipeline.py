@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ddpm_pipe.checks import check_choice, check_number, whole_numbers
 from ddpm_pipe.compatibility import check_scheduler, set_timesteps
+from ddpm_pipe.noise import draw_noise
 from ddpm_pipe.prediction import PREDICTIONS
 
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -213,7 +213,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         """Return `given` or a draw of N(0, I), (B, C, H, W), in float32 whatever the network's precision."""
         shape = (batch_size, *self.image_shape)
         if given is None:
-            return randn_tensor(shape, generator, self._execution_device, torch.float32)
+            return draw_noise(shape, generator, self._execution_device, torch.float32)
         if not isinstance(given, Tensor):
             raise ValueError(f"sample must be a tensor of noise, {shape}, not a {type(given).__name__}.")
         if given.shape != shape:
@@ -254,7 +254,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
 
     def _pred_original_sample(self, model_output: Tensor, t: Tensor, model_input: Tensor) -> Tensor:
         """Compute the estimate of x0, for schedulers whose `step` does not return it."""
-        alpha_bar = torch.take(self.scheduler.alphas_cumprod.to(t.device), t.long())
+        alpha_bar = torch.take(self.scheduler.alphas_cumprod.to(t.device, non_blocking=True), t.long())
         prediction = model_output[:, : model_input.shape[1]]
         return PREDICTIONS[self.scheduler.config.prediction_type].x0(prediction, model_input, alpha_bar)
 

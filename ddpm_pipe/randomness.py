@@ -20,6 +20,7 @@ STREAMS = (
     "offset_noise",
     "health",
     "bound",
+    "dropout_keys",
 )
 """What randomness is used for. The position of a name is part of the seed, so append new names at the end."""
 

@@ -16,7 +16,6 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ddpm_pipe.checks import check_choice, falling_timesteps
@@ -26,6 +25,7 @@ from ddpm_pipe.noise import (
     add_noise,
     add_scaled,
     broadcast,
+    draw_noise,
     exp,
     log,
     make_betas,
@@ -353,7 +353,7 @@ class DDPMScheduler(DiffusionScheduler):
         """
         s = self.previous_timestep(timestep)
         mean, log_variance, x0 = self.reverse_kernel(model_output, timestep, s, sample)
-        z = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+        z = draw_noise(sample.shape, generator, sample.device, sample.dtype)
         x_s = add_scaled(mean, broadcast(s >= 0, mean) * exp(0.5 * log_variance), z)
 
         x_s, x0 = _in_dtype(sample.dtype, x_s, x0)
@@ -487,9 +487,7 @@ class DDIMScheduler(DiffusionScheduler):
         x_s = mix(sqrt(alpha_bar_s), x0, sqrt((1 - alpha_bar_s) * (1 - new)), eps)
         if eta > 0:
             if variance_noise is None:
-                variance_noise = randn_tensor(
-                    sample.shape, generator=generator, device=sample.device, dtype=sample.dtype
-                )
+                variance_noise = draw_noise(sample.shape, generator, sample.device, sample.dtype)
             x_s = add_scaled(x_s, sqrt((1 - alpha_bar_s) * new), variance_noise)
 
         x_s, x0 = _in_dtype(sample.dtype, x_s, x0)

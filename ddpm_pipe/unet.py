@@ -583,14 +583,14 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
 
     def _embed(self, timestep: Tensor | float | int, class_labels: Tensor | None, sample: Tensor) -> Tensor:
         """Return the embedding (B, D) of the timestep and the class."""
-        timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
+        timestep = torch.as_tensor(timestep).to(sample.device, non_blocking=True).expand(len(sample))
         temb = self.time_embedding(self.time_proj(timestep).to(self.dtype))
         if self.class_embedding is None:
             if class_labels is not None:
                 raise ValueError("class_labels were given to a network without classes (num_class_embeds=None).")
             return temb
         if class_labels is None:
-            class_labels = torch.tensor(self.null_class, device=sample.device).expand(sample.shape[0])
+            class_labels = torch.full((len(sample),), self.config.num_class_embeds, device=sample.device)
         return temb + self.class_embedding(class_labels)
 
     def _run(self, block: nn.Module, *args):

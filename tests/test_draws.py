@@ -10,17 +10,19 @@ from ddpm_pipe.training.config import TrainConfig
 from ddpm_pipe.training.draws import BLOCK, Draws
 
 SHAPE = (3, 4, 4)
+TENSORS = ("t", "weight", "eps", "mirror", "hide_label", "dropout_keys")
 UNIFORM = torch.full((20,), 1 / 20, dtype=torch.float64)
 
 
 def parts(step: int = 5, processes: int = 1, **options) -> list[Draws]:
-    defaults = {"num_train_timesteps": 20, "sample_steps": 1, "batch_size": 8, "flip": True, "class_dropout": 0.5}
+    defaults = {"num_train_timesteps": 20, "sample_steps": 1, "batch_size": 8, "unet": {"dropout": 0.1}}
+    defaults |= {"flip": True, "class_conditional": True, "class_dropout": 0.5}
     return draw_parts(TrainConfig(data="x", **defaults | options), step, UNIFORM, SHAPE, processes)
 
 
 def whole(draws: list[Draws]) -> dict[str, torch.Tensor]:
     """The parts put together again."""
-    return {name: torch.cat([getattr(each, name) for each in draws]) for name in Draws._fields[:5]}
+    return {name: torch.cat([getattr(each, name) for each in draws]) for name in TENSORS}
 
 
 def same(first: list[Draws], second: list[Draws]) -> bool:
@@ -32,9 +34,7 @@ def same(first: list[Draws], second: list[Draws]) -> bool:
 def test_draws_do_not_depend_on_how_the_batch_is_cut(processes, accumulation):
     cut = parts(processes=processes, gradient_accumulation_steps=accumulation)
     assert len(cut) == 4 and same(cut, parts())
-    assert [each.dropout_seed for each in cut] == [
-        each.dropout_seed for each in parts(gradient_accumulation_steps=4)
-    ], "that of a part goes with its place in the batch"
+    assert {each.dropout_seed for each in cut} == {parts()[0].dropout_seed}
 
 
 def test_draws_depend_on_the_seed_and_the_step_alone():
@@ -45,13 +45,28 @@ def test_draws_depend_on_the_seed_and_the_step_alone():
     assert same(first, again) and first[0].dropout_seed == again[0].dropout_seed
     for other in (parts(step=6), parts(seed=1)):
         differ = [not torch.equal(a, b) for a, b in zip(whole(first).values(), whole(other).values())]
-        assert differ == [True, False, True, True, True]  # all but the weights, which are 1
+        assert differ == [True, False, True, True, True, True]  # all but the weights, which are 1
         assert other[0].dropout_seed != first[0].dropout_seed
 
 
-def test_every_part_has_a_dropout_of_its_own():
-    seeds = [each.dropout_seed for step in range(3) for each in parts(step, gradient_accumulation_steps=4)]
-    assert len(set(seeds)) == 12
+def test_nothing_is_drawn_that_the_config_has_no_use_for():
+    (draws,) = parts(flip=False, class_conditional=False, unet={})
+    assert draws.mirror is draws.hide_label is draws.dropout_keys is None
+    assert parts(class_dropout=0)[0].hide_label is None
+    x0, labels = torch.randn(8, *SHAPE), torch.arange(8)
+    assert draws.mirrored(x0) is x0
+    assert draws.conditions(labels, 8)["class_labels"] is labels
+    state = torch.get_rng_state()
+    draws.seed_dropout([])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_labels_are_hidden_by_the_draws_of_earlier_versions():
+    """Runs that these have begun go on as they would have."""
+    (draws,) = parts()
+    hidden = torch.rand(8, generator=generator(0, "class_dropout", 5)) < 0.5
+    expected = torch.arange(8).masked_fill(hidden, 9)
+    assert torch.equal(draws.conditions(torch.arange(8), 9)["class_labels"], expected)
 
 
 @pytest.mark.parametrize("step", [0, 5])
@@ -67,11 +82,9 @@ def test_images_are_mirrored_by_the_draws_of_earlier_versions(step):
     assert torch.equal(torch.cat(pieces), expected)
 
 
-def test_half_of_the_images_are_mirrored_and_none_without_flip():
+def test_half_of_the_images_are_mirrored():
     (draws,) = parts(batch_size=1000)
     assert 440 < draws.mirror.sum() < 560  # 3.8 standard deviations
-    (draws,) = parts(batch_size=1000, flip=False)
-    assert not draws.mirror.any()
 
 
 class Largest(TorchDispatchMode):

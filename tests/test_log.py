@@ -23,7 +23,7 @@ from ddpm_pipe.training.log import TIMESTEP_BINS, Log, mean_by_timestep, named_m
 from ddpm_pipe.training.loop import load_training_images, train
 from ddpm_pipe.training.recipe import make_scheduler, make_unet
 from ddpm_pipe.training.report import write_report
-from ddpm_pipe.training.validation import held_out_loss, sample_grid
+from ddpm_pipe.training.validation import held_out_sums, sample_grid
 
 # ---------------------------------------------------------------- losses by timestep
 
@@ -216,7 +216,8 @@ def health_of(config, unet):
     """The loss of a network on the images held out."""
     accelerator = make_accelerator(config)
     _, held_out = load_training_images(config, accelerator)
-    return held_out_loss(config, unet, Objective(make_scheduler(config)), held_out, accelerator.device)
+    sums = held_out_sums(config, unet, Objective(make_scheduler(config)), held_out, accelerator.device)
+    return named_means("held_out_loss", sums)
 
 
 def test_the_logged_held_out_loss_is_that_of_the_saved_average(finished):
@@ -253,7 +254,8 @@ def small(recipe):
 
 def loss_of(config, unet, data) -> dict[str, float]:
     _, held_out = data.hold_out(12, config.seed)
-    return held_out_loss(config, unet, Objective(make_scheduler(config)), held_out, torch.device("cpu"))
+    sums = held_out_sums(config, unet, Objective(make_scheduler(config)), held_out, torch.device("cpu"))
+    return named_means("held_out_loss", sums)
 
 
 def test_the_held_out_loss_is_the_same_number_twice(small):

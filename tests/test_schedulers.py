@@ -755,7 +755,7 @@ def moments_through_the_sampler(sampler, monkeypatch, m, s, count, mean, varianc
     scheduler = scheduler_class(clip_sample=False, **own_config, **config)
     scheduler.set_timesteps(count)
     x_t, z = torch.tensor([[0, 1, 0], [0, 0, 1]], dtype=torch.float64).view(2, 3, 1, 1, 1)
-    monkeypatch.setattr(ddpm_pipe.schedulers, "randn_tensor", lambda *args, **kwargs: z)
+    monkeypatch.setattr(ddpm_pipe.schedulers, "draw_noise", lambda *args: z)
     moments = []
     for t in scheduler.timesteps:
         output = optimal_output(scheduler.config.prediction_type, x_t, scheduler.alpha_bar(t), m, s)

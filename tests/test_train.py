@@ -75,8 +75,16 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(recipe, 
     assert_same(whole, final_state(config))
 
 
-def test_accumulation_does_not_change_the_run(recipe):
-    whole, parts = recipe("whole"), recipe("parts", gradient_accumulation_steps=4)
+CHANCY = {"dropout": 0.2, "self_condition": True}
+
+
+@pytest.mark.parametrize(
+    ("unet", "options"),
+    [(NETWORK, {}), (NETWORK | CHANCY, {"gradient_checkpointing": True}), (STOCK | {"dropout": 0.2}, {"channels": 3})],
+    ids=["", "dropout", "dropout of the stock network"],
+)
+def test_accumulation_does_not_change_the_run(recipe, unet, options):
+    whole, parts = recipe("whole", unet, **options), recipe("parts", unet, gradient_accumulation_steps=4, **options)
     train(whole)
     train(parts)
     assert_same(final_state(whole), final_state(parts), rtol=1e-3, atol=2e-5)
@@ -84,7 +92,7 @@ def test_accumulation_does_not_change_the_run(recipe):
 
 @pytest.mark.slow
 def test_two_processes_are_the_same_run_as_one(recipe):
-    one, two = recipe("one"), recipe("two")
+    one, two = (recipe(name, NETWORK | CHANCY) for name in ("one", "two"))
     train(one)
     done = launch(write_config(two), processes=2)
     assert done.returncode == 0, done.stderr

@@ -11,6 +11,7 @@ from ddpm_pipe.data.images import to_unit_range
 from ddpm_pipe.data.memory import ImageData
 from ddpm_pipe.evaluation.config import EvaluateConfig
 from ddpm_pipe.evaluation.results import Metric
+from ddpm_pipe.launch import to_device
 from ddpm_pipe.likelihood import Bound, variational_bound
 from ddpm_pipe.pipeline import PixelDiffusionPipeline
 from ddpm_pipe.prediction import PREDICTIONS
@@ -80,7 +81,7 @@ def bound_of_images(
         images, labels = data.take(torch.arange(start, min(start + config.batch_size, config.bits_images)))
         labels = pipeline.network_labels(labels, len(images))
         draw = generator(0, "bound", start)
-        x0 = to_unit_range(images.to(state.device))
+        x0 = to_unit_range(to_device(images, state.device))
         bound = variational_bound(denoiser(pipeline, labels), pipeline.scheduler, x0, config.bits_terms, draw)
         parts.append(Bound(*(term.cpu() for term in bound)))
     return Bound(*(torch.cat(terms).double() for terms in zip(*gather_object(parts), strict=True)))

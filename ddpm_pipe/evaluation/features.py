@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.export.passes import move_to_device_pass
 
-from ddpm_pipe.launch import processes
+from ddpm_pipe.launch import processes, to_device
 from ddpm_pipe.run.files import CheckpointError, locked, replace_folder, save_tensors, sha256
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class FeatureNetwork:
                 f"images must be uint8 (B, 1 or 3, H, W) to have features, not {images.dtype} {tuple(images.shape)}."
             )
         try:
-            output = self.module(images.expand(-1, 3, -1, -1).contiguous().to(self.device))
+            output = self.module(to_device(images, self.device).expand(-1, 3, -1, -1).contiguous())
         except (RuntimeError, AssertionError, ValueError) as error:  # an exported program asserts its guards
             *_, reason = str(error).strip().splitlines() or [type(error).__name__]
             shape = tuple(images.shape)

@@ -7,7 +7,6 @@ The batch is cut into equal parts for processes and accumulation steps. So a run
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 
 from ddpm_pipe.data.memory import ImageData, load_images
@@ -92,7 +91,7 @@ def run_steps(config: TrainConfig, accelerator: Accelerator, run: Run, interrupt
             for part, draws in micro_batches(config, accelerator, probabilities, step, data.shape):
                 x0, labels = batches(step, part, device)
                 x0, conditions = draws.mirrored(x0), draws.conditions(labels, state.null_class)
-                torch.manual_seed(draws.dropout_seed)
+                draws.seed_dropout(state.dropouts)
                 with accelerator.accumulate(state.unet):
                     losses = objective(state.unet, x0, draws.t, draws.eps, draws.self_condition, **conditions)
                     accelerator.backward((losses * draws.weight).mean())

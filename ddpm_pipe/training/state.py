@@ -16,6 +16,7 @@ from ddpm_pipe.run.checkpoint import Checkpoints
 from ddpm_pipe.run.files import CheckpointError, replace_folder, save_tensors, shapes, write_manifest
 from ddpm_pipe.run.folder import Run
 from ddpm_pipe.training.config import TrainConfig
+from ddpm_pipe.training.dropout import use_image_dropout
 from ddpm_pipe.training.ema import EMA, power_decay, warmup_decay
 from ddpm_pipe.training.recipe import lr_at
 from ddpm_pipe.training.timestep_sampling import TIMESTEP_SAMPLERS
@@ -51,6 +52,7 @@ class TrainState:
         unet.to(accelerator.device)
         self.average = EMA(unet, lambda step: warmup_decay(step, config.ema_decay, config.ema_power))
         self.profiles = {f"{w:g}": EMA(unet, partial(power_decay, sigma_rel=w)) for w in config.ema_sigma_rel}
+        self.dropouts = use_image_dropout(unet)  # after the averages are copied, which have no use for it
         check_choice("timestep_sampling", config.timestep_sampling, TIMESTEP_SAMPLERS)
         self.timesteps = TIMESTEP_SAMPLERS[config.timestep_sampling](config.num_train_timesteps)
         self.bad_steps, self.skipped, self.gradient_norm = 0, 0, 0.0

@@ -7,9 +7,11 @@ import torch
 from diffusers import ModelMixin
 from diffusers.utils import make_image_grid
 from PIL import Image
+from torch import Tensor
 
 from ddpm_pipe.data.images import to_unit_range
 from ddpm_pipe.data.memory import ImageData
+from ddpm_pipe.launch import to_device
 from ddpm_pipe.objective import Objective
 from ddpm_pipe.pipeline import null_class
 from ddpm_pipe.pretrained import DDPMPipeline
@@ -55,7 +57,8 @@ class Validation:
         if not len(self.held_out) or any(entry["step"] == step and "held_out_loss" in entry for entry in entries):
             return
         average, device = state.average.module, state.accelerator.device
-        self.log.record(step, held_out_loss(self.config, average, self.objective, self.held_out, device))
+        sums = held_out_sums(self.config, average, self.objective, self.held_out, device)
+        self.log.record(step, named_means("held_out_loss", sums))
 
     def _draw(self, state: TrainState, step: int) -> None:
         files = self.log.run.grids(step)
@@ -81,20 +84,23 @@ def draw_grids(config: TrainConfig, state: TrainState, objective: Objective) -> 
 
 
 @torch.no_grad()
-def held_out_loss(
+def held_out_sums(
     config: TrainConfig, unet: ModelMixin, objective: Objective, data: ImageData, device: torch.device
-) -> dict[str, float]:
-    """Return the mean loss on held-out images, overall and by timestep; timesteps and noise are the same every time."""
+) -> Tensor:
+    """Return the sums and counts of the losses on held-out images by timestep, as `mean_by_timestep` does.
+
+    Timesteps and noise are the same every time. The sums are on the device, and nothing here waits for it.
+    """
     draw = generator(config.seed, "health")
-    t = torch.randint(config.num_train_timesteps, (len(data),), generator=draw).to(device)
+    t = to_device(torch.randint(config.num_train_timesteps, (len(data),), generator=draw), device)
     losses = []
-    for rows in torch.arange(len(data)).split(config.batch_size):
+    for rows, t_of_rows in zip(torch.arange(len(data)).split(config.batch_size), t.split(config.batch_size)):
         images, labels = data.take(rows)
-        eps = torch.randn(images.shape, generator=draw).to(device)
-        conditions = {} if labels is None else {"class_labels": labels.to(device)}
-        losses.append(objective(unet, to_unit_range(images.to(device)), t[rows], eps, False, **conditions))
-    sums = mean_by_timestep(t, torch.cat(losses), config.num_train_timesteps)
-    return named_means("held_out_loss", sums)
+        x0 = to_unit_range(to_device(images, device))
+        eps = to_device(torch.randn(images.shape, generator=draw), device)
+        conditions = {} if labels is None else {"class_labels": to_device(labels, device)}
+        losses.append(objective(unet, x0, t_of_rows, eps, False, **conditions))
+    return mean_by_timestep(t, torch.cat(losses), config.num_train_timesteps)
 
 
 def sample_grid(config: TrainConfig, pipeline: DDPMPipeline) -> Image.Image:
