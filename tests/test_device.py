@@ -7,23 +7,29 @@ combines it with a tensor of the CPU; on a GPU the first would wait for all that
 import diffusers
 import pytest
 import torch
+from runs import NETWORK
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_pipe import DDIMScheduler, DDPMPipeline, DDPMScheduler, DDPMUNet2DModel
-from ddpm_pipe.data.memory import load_images
-from ddpm_pipe.editing import ImageToImagePipeline, InpaintPipeline, InversionPipeline
+from ddpm_pipe.data.memory import ImageData, load_images
+from ddpm_pipe.editing import ImageToImagePipeline, InpaintPipeline, InversionPipeline, slerp
+from ddpm_pipe.launch import to_device
 from ddpm_pipe.likelihood import variational_bound
 from ddpm_pipe.objective import LOSSES, Objective
 from ddpm_pipe.prediction import LOSS_WEIGHTS, PREDICTIONS
 from ddpm_pipe.sampling.config import SCHEDULERS
 from ddpm_pipe.sampling.protocol import plug_in
+from ddpm_pipe.training.config import TrainConfig
 from ddpm_pipe.training.draws import micro_batches
 from ddpm_pipe.training.ema import EMA
 from ddpm_pipe.training.launcher import make_accelerator
 from ddpm_pipe.training.recipe import make_objective, make_scheduler, make_unet
 from ddpm_pipe.training.state import TrainState
+from ddpm_pipe.training.validation import held_out_sums
 
 META = torch.device("meta")
+CHANCY = NETWORK | {"dropout": 0.1}
 OPTIONS = {"num_inference_steps": 5, "class_labels": 3, "output_type": "pt", "return_dict": False}
 PICTURES = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -133,18 +139,104 @@ def test_the_bound_waits_for_nothing():
 
 
 class Waits(TorchDispatchMode):
-    """Counts how often a number is taken out of a tensor."""
+    """Counts how often a number is taken out of a tensor, and how often the CPU waits for a copy to another device."""
 
     count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **kwargs or {})
+        kwargs = kwargs or {}
+        made = function(*args, **kwargs)
+        if function is torch.ops.aten._to_copy.default:
+            self.count += made.device != args[0].device and not kwargs.get("non_blocking", False)
+        elif function is torch.ops.aten.index.Tensor:  # indices are copied to where the tensor is
+            self.count += sum(index is not None and index.device != args[0].device for index in args[1])
+        else:
+            self.count += function is torch.ops.aten._local_scalar_dense.default
+        return made
+
+
+class NumbersPlaced(TorchFunctionMode):
+    """Counts the tensors on another device that are made of numbers of Python, which are copied with a wait."""
+
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        elsewhere = torch.device(kwargs.get("device") or "cpu").type != "cpu"
+        makes = function in (torch.tensor, torch.as_tensor) and not isinstance(args[0], torch.Tensor)
+        self.count += makes and elsewhere
+        return function(*args, **kwargs)
+
+
+def test_a_copy_that_the_cpu_waits_for_is_found():
+    placed = torch.ones(2, device=META)
+    with Waits() as waits, NumbersPlaced() as numbers:
+        torch.ones(2).to(META), placed[torch.tensor([1])]
+        torch.tensor(3, device=META), torch.as_tensor([3], device=META)
+    assert (waits.count, numbers.count) == (2, 2)
+    with Waits() as waits, NumbersPlaced() as numbers:
+        to_device(torch.ones(2), META), placed[:1], placed[torch.ones(1, dtype=torch.long, device=META)]
+        torch.full((2,), 3, device=META), torch.as_tensor(placed, device=META)
+    assert waits.count == numbers.count == 0
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_the_held_out_loss_waits_for_nothing(labelled):
+    images = torch.randint(256, (5, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    data = ImageData(images, torch.arange(5), torch.arange(5) if labelled else None)
+    own = scheduler()
+    unet, objective = network(own), Objective(own)
+    config = TrainConfig(data="x", batch_size=2)
+    held_out_sums(config, unet, objective, data, META)  # the first call places the tables
+    with Waits() as waits:
+        sums = held_out_sums(config, unet, objective, data, META)
+    assert waits.count == 0 and sums.device == META
+
+
+@pytest.mark.parametrize("one_each", [False, True])
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_no_sampling_step_waits_for_noise_drawn_on_the_cpu(name, one_each):
+    made = pipeline(scheduler())
+    made.scheduler = plug_in(made.scheduler, name, {}, fewer=True)
+    counts = []
+    for steps in (5, 10):
+        drawn = [torch.Generator().manual_seed(i) for i in (0, 1)] if one_each else torch.Generator().manual_seed(0)
+        with Waits() as waits:
+            made(2, drawn, eta=1.0 if name == "ddim" else 0.0, **OPTIONS | {"num_inference_steps": steps})
+        counts.append(waits.count)
+    assert counts[0] == counts[1]
+
+
+def test_no_term_of_the_bound_waits_for_what_is_drawn_on_the_cpu():
+    own, x0, drawn = scheduler(variance_type="learned_range"), PICTURES.to(META), torch.Generator().manual_seed(0)
+    unet = network(own)
+
+    def bound(terms: int) -> int:
+        with Waits() as waits:
+            variational_bound(lambda x_t, t: unet(x_t, t).sample, own, x0, terms, drawn)
+        return waits.count
+
+    bound(1)
+    assert bound(10) == 0
+
+
+def test_a_network_waits_neither_for_the_timestep_nor_for_the_null_class():
+    unet, x_t = network(scheduler()), PICTURES.to(META)
+    with Waits() as waits, NumbersPlaced() as numbers:
+        unet(x_t, 5), unet(x_t, torch.tensor([3, 4]))
+    assert waits.count == numbers.count == 0
+
+
+def test_points_on_an_arc_wait_for_nothing():
+    with Waits() as waits:
+        assert slerp(*torch.ones(2, 1, 8, 8, device=META), torch.linspace(0, 1, 5)).device == META
+    assert waits.count == 0
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_training_step_waits_once_whatever_it_is_cut_into(recipe, accumulation):
-    config = recipe(gradient_accumulation_steps=accumulation, class_conditional=True, flip=True, offset_noise=0.1)
+    options = {"class_conditional": True, "flip": True, "offset_noise": 0.1, "unet": CHANCY}
+    config = recipe(gradient_accumulation_steps=accumulation, **options)
     accelerator = make_accelerator(config)
     data = load_images(config.data, config.split, resolution=config.resolution, with_labels=True)
     state, batches = TrainState(config, make_unet(config, data), accelerator), data.batches(config.batch_size, 0)
@@ -157,6 +249,7 @@ def test_a_training_step_waits_once_whatever_it_is_cut_into(recipe, accumulation
             for part, draws in micro_batches(config, accelerator, probabilities, step, data.shape):
                 x0, labels = images[part.start]
                 conditions = draws.conditions(labels, state.null_class)
+                draws.seed_dropout(state.dropouts)
                 with accelerator.accumulate(state.unet):
                     losses = objective(state.unet, draws.mirrored(x0), draws.t, draws.eps, **conditions)
                     accelerator.backward((losses * draws.weight).mean())
