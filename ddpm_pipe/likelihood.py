@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_pipe.noise import log, posterior, signal_and_noise
+from ddpm_pipe.noise import draw_noise, log, posterior, signal_and_noise
 from ddpm_pipe.schedulers import DDPMScheduler
 
 
@@ -120,7 +120,7 @@ def variational_bound(
         raise ValueError(f"count={count} must lie between 1 and {last}, the number of transitions.")
 
     def term(t: Tensor) -> Tensor:
-        eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0.device, non_blocking=True)
+        eps = draw_noise(x0.shape, generator, x0.device, x0.dtype)
         x_t = scheduler.add_noise(x0, eps, t)
         return vlb_term(scheduler, denoise(x_t, t), x0, x_t, t)
 

@@ -232,4 +232,6 @@ def draw_noise(
     first = generator[0] if isinstance(generator, list) else generator
     on_cpu = first is not None and first.device.type == "cpu"
     drawn = randn_tensor(shape, generator, torch.device("cpu") if on_cpu else device, dtype)
+    if on_cpu and device.type == "cuda":
+        drawn = drawn.pin_memory()  # other memory is copied in pieces, for which the CPU waits
     return drawn.to(device, non_blocking=True)
