@@ -15,7 +15,7 @@ from emulated_device import CPU, CUDA, check, emulated_device
 from runs import NETWORK, STOCK, assert_same, final_state
 
 from ddpm_pipe import DDIMScheduler, DDPMPipeline, DDPMScheduler, DDPMUNet2DModel
-from ddpm_pipe.editing import ImageToImagePipeline, InpaintPipeline, InterpolationPipeline, InversionPipeline
+from ddpm_pipe.editing import ImageToImagePipeline, InpaintPipeline, InterpolationPipeline, InversionPipeline, slerp
 from ddpm_pipe.evaluation.bits import denoiser
 from ddpm_pipe.evaluation.features import load_features
 from ddpm_pipe.likelihood import variational_bound
@@ -322,6 +322,12 @@ def test_a_sampling_step_waits_for_nothing_whatever_the_model(device, chain, opt
     check(waits_between_calls(device, pipeline(scheduler(**chain), **options), 2), 0)
 
 
+def test_a_network_waits_neither_for_the_timestep_nor_for_the_null_class(device):
+    unet, x_t = network(scheduler()), PICTURES.to(CUDA)
+    with device.waits(0):
+        unet(x_t, 5), unet(x_t, torch.tensor([3, 4]))
+
+
 @pytest.mark.parametrize(("cls", "options"), [(DDPMScheduler, {}), (DDIMScheduler, {"eta": 1.0})])
 def test_the_noise_of_many_pixels_is_copied_without_a_wait(device, cls, options):
     x, draw = LARGE.to(CUDA), torch.Generator()
@@ -360,6 +366,11 @@ def test_editing_waits_for_nothing_in_a_step(device):
     invert = InversionPipeline.from_pipe(ddpm, scheduler=ddim)
     with device.waits(2):  # for its images and timesteps
         assert invert(PICTURES, num_inference_steps=5, class_labels=3).device == CUDA
+
+
+def test_points_on_an_arc_wait_for_nothing(device):
+    with device.waits(0):
+        assert slerp(*torch.ones(2, 1, 8, 8, device=CUDA), torch.linspace(0, 1, 5)).device == CUDA
 
 
 @pytest.mark.parametrize("options", [{}, {"self_condition": True}], ids=str)
