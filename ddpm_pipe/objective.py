@@ -72,7 +72,7 @@ class Objective:
         output = unet(x_t, t, **conditions).sample.float()
         prediction = output[:, :channels]
         error = self.loss(prediction, row.target(x0, eps, alpha_bar), reduction="none").flatten(1).mean(1)
-        self.weights = self.weights.to(t.device)  # the first call copies them
+        self.weights = self.weights.to(t.device, non_blocking=True)  # the first call copies them
         loss = error * self.weights[t]
         if self.scheduler.config.variance_type in LEARNED_VARIANCES:
             output = torch.cat([prediction.detach(), output[:, channels:]], dim=1)

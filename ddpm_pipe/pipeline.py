@@ -132,7 +132,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         pred_original_sample = torch.zeros_like(sample)
         estimate_is_read = callback is not None or bool(self.unet.config.get("self_condition"))
         numbers = timesteps.tolist()  # known here, so that no step waits for the device
-        for i, t in enumerate(self.progress_bar(timesteps.to(sample.device))):
+        for i, t in enumerate(self.progress_bar(timesteps.to(sample.device, non_blocking=True))):
             model_input = scheduler.scale_model_input(sample, numbers[i])
             model_output = denoise(model_input, t, pred_original_sample)
             try:
@@ -280,7 +280,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             )
         if given.min() < 0 or given.max() > null:
             raise ValueError(f"class_labels must lie between 0 and {null} (the null class).")
-        labels = torch.as_tensor(given, device=self._execution_device).expand(batch_size)
+        labels = torch.as_tensor(given).to(self._execution_device, non_blocking=True).expand(batch_size)
         if scale == 1.0:
             return labels
         if class_labels is None:

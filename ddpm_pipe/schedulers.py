@@ -196,7 +196,8 @@ class DiffusionScheduler(SchedulerMixin, ConfigMixin):
         `set_timesteps`, when they are first asked for.
         """
         if device not in self._placed:
-            self._placed[device] = self._alpha_bar.to(device), self._previous.to(device)
+            tables = self._alpha_bar, self._previous
+            self._placed[device] = tables[0].to(device, non_blocking=True), tables[1].to(device, non_blocking=True)
         return self._placed[device]
 
     def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:

@@ -96,7 +96,7 @@ class TrainState:
         for average in (self.average, *self.profiles.values()):
             average.update(step)
         if self.config.timestep_sampling != "uniform":
-            t, losses = self._whole_batch(seen)
+            t, losses = self._whole_batch(seen).cpu()  # both in one copy
             self.timesteps.update(t.long(), losses)
 
     def _check_bad_steps(self) -> None:
