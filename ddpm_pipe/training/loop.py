@@ -7,7 +7,6 @@ The batch is cut into equal parts for processes and accumulation steps. So a run
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 
 from ddpm_pipe.data.memory import ImageData, load_images
@@ -19,7 +18,6 @@ from ddpm_pipe.schedulers import DDPMScheduler
 from ddpm_pipe.sharing.config import PushConfig
 from ddpm_pipe.sharing.push import Pusher
 from ddpm_pipe.training.config import TrainConfig
-from ddpm_pipe.training.draws import micro_batches
 from ddpm_pipe.training.interruption import Interrupted, Interruption
 from ddpm_pipe.training.launcher import follow_launcher, make_accelerator
 from ddpm_pipe.training.log import Log
@@ -27,6 +25,7 @@ from ddpm_pipe.training.plan import announce, check_folder, print_changes
 from ddpm_pipe.training.recipe import lr_at, make_objective, make_scheduler, make_unet
 from ddpm_pipe.training.report import write_report
 from ddpm_pipe.training.state import TrainState
+from ddpm_pipe.training.step import training_step
 from ddpm_pipe.training.validation import Validation
 
 __all__ = ["Interrupted", "TrainConfig", "train"]
@@ -72,7 +71,6 @@ def claim_folder(config: TrainConfig, run: Run, stack: ExitStack) -> None:
 
 def run_steps(config: TrainConfig, accelerator: Accelerator, run: Run, interruption: Interruption) -> None:
     """Take all optimizer steps of a run; a resumed run starts at its newest checkpoint."""
-    device = accelerator.device
     data, held_out = load_training_images(config, accelerator)
     scheduler = make_scheduler(config)
     objective = make_objective(config, scheduler)
@@ -88,17 +86,7 @@ def run_steps(config: TrainConfig, accelerator: Accelerator, run: Run, interrupt
         if first and accelerator.is_main_process:
             validation.show(state, first)  # draws grids that are missing if the run was killed after this checkpoint
         for step in range(first, config.steps):  # Algorithm 1
-            seen, probabilities = [], state.timesteps.probabilities(device)
-            for part, draws in micro_batches(config, accelerator, probabilities, step, data.shape):
-                x0, labels = batches(step, part, device)
-                x0, conditions = draws.mirrored(x0), draws.conditions(labels, state.null_class)
-                torch.manual_seed(draws.dropout_seed)
-                with accelerator.accumulate(state.unet):
-                    losses = objective(state.unet, x0, draws.t, draws.eps, draws.self_condition, **conditions)
-                    accelerator.backward((losses * draws.weight).mean())
-                seen.append((draws.t, losses.detach()))
-            state.optimizer_step(step, seen)
-
+            seen = training_step(state, objective, batches, data.shape, step)
             done = step + 1
             log.write(done, seen, learning_rate=lr_at(step, config), **state.metrics())
             interrupted = interruption.agreed(done, config.log_every, accelerator)
