@@ -100,8 +100,10 @@ class OptimConfig(Config):
     """parts into which each process cuts its share of the batch to save memory"""
     learning_rate: PositiveFloat = 2e-4
     """peak learning rate"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """learning rate after the warm-up; linear and cosine end at 0"""
+    lr_schedule: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = "constant"
+    """learning rate after the warm-up; linear and cosine decay to 0, and warmup_stable_decay does so at the end"""
+    lr_cooldown: Share = 0.2
+    """share of the steps over which warmup_stable_decay decays; a longer run goes on from the step before"""
     lr_warmup_steps: NonNegativeInt = 0
     """optimizer steps over which the learning rate grows to its peak"""
     adam_beta1: Share = 0.9

@@ -22,7 +22,7 @@ from ddpm_pipe.training.interruption import Interrupted, Interruption
 from ddpm_pipe.training.launcher import follow_launcher, make_accelerator
 from ddpm_pipe.training.log import Log
 from ddpm_pipe.training.plan import announce, check_folder, print_changes
-from ddpm_pipe.training.recipe import lr_at, make_objective, make_scheduler, make_unet
+from ddpm_pipe.training.recipe import cooldown_start, lr_at, make_objective, make_scheduler, make_unet
 from ddpm_pipe.training.report import write_report
 from ddpm_pipe.training.state import TrainState
 from ddpm_pipe.training.step import training_step
@@ -113,7 +113,7 @@ def save(
     Raises:
         CheckpointError: where the weights are not finite, or a file cannot be written.
     """
-    saving = interrupted or config.is_due(step, config.save_every)
+    saving = interrupted or config.is_due(step, config.save_every) or step == cooldown_start(config)
     snapping = config.ema_sigma_rel and config.is_due(step, config.ema_snapshot_every or config.save_every)
     if saving or snapping:
         state.check_finite(step)

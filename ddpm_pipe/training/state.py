@@ -17,7 +17,7 @@ from ddpm_pipe.run.files import CheckpointError, replace_folder, save_tensors, s
 from ddpm_pipe.run.folder import Run
 from ddpm_pipe.training.config import TrainConfig
 from ddpm_pipe.training.ema import EMA, power_decay, warmup_decay
-from ddpm_pipe.training.recipe import lr_at
+from ddpm_pipe.training.recipe import cooldown_start, lr_at
 from ddpm_pipe.training.timestep_sampling import TIMESTEP_SAMPLERS
 
 
@@ -147,7 +147,8 @@ class TrainState:
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         weights |= {f"ema-{name}": profile.module.state_dict() for name, profile in self.profiles.items()}
-        Checkpoints(run, self.config.keep_last, self.config.keep_every).save(step, weights, state)
+        keep = (self.config.keep_last, self.config.keep_every, cooldown_start(self.config))
+        Checkpoints(run, *keep).save(step, weights, state)
 
     def snapshot(self, run: Run, step: int) -> None:
         """Write the power-function averages to `<run>/ema/step-*/<sigma_rel>.safetensors`, for `posthoc`.
