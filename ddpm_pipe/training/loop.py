@@ -24,6 +24,7 @@ from ddpm_pipe.training.log import Log
 from ddpm_pipe.training.plan import announce, check_folder, print_changes
 from ddpm_pipe.training.recipe import cooldown_start, lr_at, make_objective, make_scheduler, make_unet
 from ddpm_pipe.training.report import write_report
+from ddpm_pipe.training.settling import settle
 from ddpm_pipe.training.state import TrainState
 from ddpm_pipe.training.step import training_step
 from ddpm_pipe.training.validation import Validation
@@ -33,6 +34,8 @@ __all__ = ["Interrupted", "TrainConfig", "train"]
 
 def train(config: TrainConfig) -> Path:
     """Train a network and save its averaged weights as a pipeline in `<output_dir>/pipeline`.
+
+    With `config.plan` only the plan is printed, and nothing is written.
 
     Returns:
         The folder of the pipeline, for `DDPMPipeline.from_pretrained`.
@@ -46,9 +49,10 @@ def train(config: TrainConfig) -> Path:
     config = follow_launcher(config)
     accelerator, run = make_accelerator(config), Run(config.output_dir)
     with ExitStack() as stack:
-        from_main(lambda: claim_folder(config, run, stack))
+        if not config.plan:
+            from_main(lambda: claim_folder(config, run, stack))
         run_steps(config, accelerator, run, interruption)
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and not config.plan:
             write_report(run)
     # The wrapper of the network must be freed before the process group that it communicates through. Freed later, it
     # would hold the interpreter's lock while it waits for a thread that may itself be waiting for that lock.
@@ -65,18 +69,22 @@ def claim_folder(config: TrainConfig, run: Run, stack: ExitStack) -> None:
     """
     check_folder(config, run)
     stack.enter_context(run.locked())
-    if config.resume:
-        print_changes(config, run)
 
 
 def run_steps(config: TrainConfig, accelerator: Accelerator, run: Run, interruption: Interruption) -> None:
     """Take all optimizer steps of a run; a resumed run starts at its newest checkpoint."""
     data, held_out = load_training_images(config, accelerator)
+    settled = settle(config, data, held_out, accelerator, run)
+    config = settled.config
+    if config.resume and accelerator.is_main_process:
+        print_changes(config, run)
     scheduler = make_scheduler(config)
     objective = make_objective(config, scheduler)
     state = TrainState(config, make_unet(config, data), accelerator)
-    first = state.restore(run) if config.resume else 0
-    announce(config, data, state, run)
+    first = state.restore(run, settled.last) if config.resume else 0
+    announce(settled, data, state, run, first)
+    if config.plan:
+        return
     batches = data.batches(config.batch_size, config.seed)
     log = Log(config, accelerator, run, first)
     validation = Validation(config, objective, held_out, log)

@@ -164,16 +164,17 @@ class TrainState:
 
         replace_folder(run.snapshot(step), write)
 
-    def restore(self, run: Run) -> int:
+    def restore(self, run: Run, last: float = math.inf) -> int:
         """Load the newest checkpoint of the main process and return its optimizer steps, 0 where there is none.
 
         All processes receive what the main process reads, because machines may hold checkpoints of their own.
+        Checkpoints of steps after `last` are left out.
 
         Raises:
             ValueError: where the checkpoint has another network, other averages or another timestep sampling.
             CheckpointError: where there are checkpoints, but none can be read.
         """
-        loaded = from_main(Checkpoints(run).load)
+        loaded = from_main(lambda: Checkpoints(run).load(last))
         if loaded is None:
             return 0
         step, weights, state = loaded
