@@ -113,12 +113,21 @@ class Config(BaseModel):
 
     def replace(self, **changes: Any) -> Self:
         """Return the same config with some values replaced; the new values are checked."""
-        return type(self)(**dict(self) | changes)
+        return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
+
+    def undecided(self) -> set[str]:
+        """Return the names of values that were not given and that others will decide, instead of the defaults."""
+        return set()
 
     def to_yaml(self) -> str:
-        """Return the text of a config file, section after section."""
-        values = self.model_dump(mode="json")
-        return yaml.safe_dump({name: values[name] for name in self.names()}, sort_keys=False)
+        """Return the text of a config file, section after section, without values that are undecided."""
+        values = self.model_dump(mode="json", exclude=self.undecided())
+        return yaml.safe_dump({name: values[name] for name in self.names() if name in values}, sort_keys=False)
+
+    @classmethod
+    def merge(cls, values: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+        """Return the values of a file and of the flags, which win."""
+        return values | flags
 
 
 C = TypeVar("C", bound=Config)
@@ -218,4 +227,4 @@ def parse(config_class: type[C], argv: Sequence[str], prog: str | None = None, *
     given, rest = make_parser(config_class, prog).parse_known_args([_underscored(word) for word in argv])
     if rest:
         raise ValueError(f"unknown arguments: {' '.join(rest)}; known are --{', --'.join(known)}.")
-    return config_class(**values | vars(given))
+    return config_class(**config_class.merge(values, vars(given)))

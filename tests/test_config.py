@@ -60,7 +60,7 @@ def test_numbers_without_a_dot_are_numbers(tmp_path):
         ("data: x", ["--lerning_rate", "1"], "unknown arguments: --lerning_rate 1; known are --data"),
         ("data: x", ["--step", "1"], "unknown arguments: --step 1"),
         ("data: x", ["--sample_steps", "1001"], "sample_steps=1001 is more than num_train_timesteps=1000"),
-        ("data: x", ["--lr_schedule", "step"], "lr_schedule='step' must be 'constant', 'linear' or 'cosine'."),
+        ("data: x", ["--lr_schedule", "step"], "lr_schedule='step' must be 'constant', 'linear', 'cosine' or "),
         ("data: x", ["--rescale_betas_zero_snr"], "rescale_betas_zero_snr needs prediction_type"),
         ("data: x", ["--resume", "--overwrite"], "resume and overwrite contradict"),
         ("data: x", ["--output_dir", ""], "output_dir='' must have at least 1 character"),

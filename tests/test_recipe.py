@@ -8,7 +8,7 @@ from ddpm_pipe.cli import PRESETS
 from ddpm_pipe.config import parse
 from ddpm_pipe.data.memory import ImageData
 from ddpm_pipe.training.config import TrainConfig
-from ddpm_pipe.training.recipe import lr_at, make_scheduler, make_unet
+from ddpm_pipe.training.recipe import cooldown_start, lr_at, make_scheduler, make_unet
 
 SMALL = {"block_out_channels": [8, 16], "norm_num_groups": 4}
 STOCK = {
@@ -40,6 +40,20 @@ def test_learning_rate_warms_up_in_optimizer_steps_then_decays_to_zero():
         assert lr_at(60, config) == pytest.approx(2.0 * halfway)
     assert lr_at(110, recipe(steps=110, lr_schedule="cosine")) == pytest.approx(0, abs=1e-12)
     assert lr_at(35, recipe(steps=140, learning_rate=1.0, lr_schedule="cosine")) == pytest.approx(0.5 + 0.5**1.5)
+
+
+def test_learning_rate_is_constant_until_the_cooldown_and_then_decays_to_zero():
+    config = recipe(
+        steps=100, lr_warmup_steps=10, lr_schedule="warmup_stable_decay", lr_cooldown=0.36, learning_rate=2.0
+    )
+    assert cooldown_start(config) == 64
+    rates = [lr_at(step, config) for step in (0, 9, 10, 64, 73, 80, 91)]
+    assert rates == pytest.approx([0.2, 2, 2, 2, 2 * (1 - 3 / 6), 2 * (1 - 4 / 6), 2 * (1 - (27 / 36) ** 0.5)])
+    assert lr_at(100, config) == 0
+    longer = config.replace(steps=1000)
+    assert [lr_at(step, config) for step in range(65)] == [lr_at(step, longer) for step in range(65)]
+    assert cooldown_start(config.replace(lr_cooldown=0.99)) == 10, "the warm-up comes first"
+    assert cooldown_start(config.replace(lr_cooldown=0)) == cooldown_start(config.replace(lr_schedule="cosine")) == 100
 
 
 @pytest.mark.parametrize("unet", [SMALL, STOCK])

@@ -4,6 +4,7 @@ A run folder holds `checkpoints/step-00001000/`, ..., each with its files and a 
 """
 
 import logging
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,11 +27,12 @@ class Checkpoints:
         run: the run whose checkpoints they are.
         keep_last: how many of the newest to keep, at least 1.
         keep_every: keep also those whose step is a multiple of this; 0 keeps no others.
+        keep_step: keep also the one of this step.
     """
 
-    def __init__(self, run: Run, keep_last: int = 2, keep_every: int = 0):
+    def __init__(self, run: Run, keep_last: int = 2, keep_every: int = 0, keep_step: int | None = None):
         self.run = run
-        self.keep_last, self.keep_every = keep_last, keep_every
+        self.keep_last, self.keep_every, self.keep_step = keep_last, keep_every, keep_step
 
     def steps(self) -> list[int]:
         """Return the steps of the checkpoints on disk, in increasing order."""
@@ -62,19 +64,24 @@ class Checkpoints:
         steps = self.steps()
         wanted = [step for step in steps if step <= newest][-self.keep_last :]
         for step in steps:
-            kept_for_good = self.keep_every and step % self.keep_every == 0 and step <= newest
-            if step not in wanted and not kept_for_good:
+            kept_for_good = step == self.keep_step or (self.keep_every and step % self.keep_every == 0)
+            if step not in wanted and not (kept_for_good and step <= newest):
                 shutil.rmtree(self.run.checkpoint(step), ignore_errors=True)
 
-    def load(self) -> tuple[int, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+    def load(self, last: float = math.inf) -> tuple[int, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
         """Return step, weights and state of the newest checkpoint that can be read; None where there is no checkpoint.
 
         Where a checkpoint cannot be read, the log says so and the one before it is tried.
 
+        Args:
+            last: checkpoints of later steps are left out.
+
         Raises:
-            CheckpointError: where there are checkpoints and none can be read.
+            CheckpointError: where there are checkpoints and none can be read, or all are later.
         """
-        steps = self.steps()
+        steps = [step for step in self.steps() if step <= last]
+        if not steps and self.steps():
+            raise CheckpointError(f"{self.run.checkpoints} holds no checkpoint of step {last} or before to go on from.")
         for step in reversed(steps):
             try:
                 return step, *self._read(self.run.checkpoint(step))

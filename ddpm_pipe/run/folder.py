@@ -124,6 +124,12 @@ class Run:
 
         replace_folder(folder, write)
 
+    def forget_after(self, step: int) -> None:
+        """Delete the checkpoints and snapshots of later steps, the newest first."""
+        for part in (self.checkpoints, self.snapshots):
+            for later in reversed([found for found in self.steps(part) if found > step]):
+                shutil.rmtree(part / f"step-{later:08d}")
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Make the folder and keep other processes from training in it. The system frees the lock of a killed process.

@@ -17,7 +17,7 @@ PICTURE = "samples.png"
 TEMPLATES = [Path(__file__).parents[up] / "model_cards" / "TEMPLATE.md" for up in (1, 2)]
 """Where the template may lie: in the installed package, or beside the package in a checkout."""
 TASK = "unconditional-image-generation"
-PRIVATE = ("output_dir", "push_to", "push_every", "push_public", "resume", "overwrite")
+PRIVATE = ("output_dir", "push_to", "push_every", "push_public", "resume", "overwrite", "plan")
 """Config keys of a run that concern its machine alone; a card does not show them."""
 
 

@@ -1,8 +1,9 @@
 """Every setting of a training run. The defaults are a recipe for small images; the presets hold other recipes."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from ddpm_pipe.config import (
     Config,
@@ -17,6 +18,18 @@ from ddpm_pipe.config import (
     Share,
     Size,
 )
+from ddpm_pipe.training.budget import LENGTHS, Budget
+from ddpm_pipe.training.sizing import SIZED
+
+
+def _budget(value: str) -> str:
+    try:
+        Budget.parse(value)
+    except ValueError as error:
+        told = "Input should be a time such as 90s, 30min, 2h or 1d, or images such as 200kimg or 5Mimg"
+        raise PydanticCustomError("budget", told) from error
+    return value
+
 
 Width = Annotated[Float, Field(gt=0, le=12**-0.5)]
 """sigma_rel of a power-function average; 1 / sqrt(12) weights all steps alike."""
@@ -94,14 +107,19 @@ class OptimConfig(Config):
 
     steps: PositiveInt = 100_000
     """optimizer steps"""
+    budget: Annotated[str, AfterValidator(_budget)] | None = None
+    """time to train (90s, 30min, 2h, 1d) or images to show (200kimg, 5Mimg), instead of steps; the lengths that are not
+    given follow from it, and without a network the whole recipe"""
     batch_size: PositiveInt = 64
     """images per optimizer step, over all processes and accumulation steps"""
     gradient_accumulation_steps: PositiveInt = 1
     """parts into which each process cuts its share of the batch to save memory"""
     learning_rate: PositiveFloat = 2e-4
     """peak learning rate"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """learning rate after the warm-up; linear and cosine end at 0"""
+    lr_schedule: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = "constant"
+    """learning rate after the warm-up; linear and cosine decay to 0, and warmup_stable_decay does so at the end"""
+    lr_cooldown: Share = 0.2
+    """share of the steps over which warmup_stable_decay decays; a longer run goes on from the step before"""
     lr_warmup_steps: NonNegativeInt = 0
     """optimizer steps over which the learning rate grows to its peak"""
     adam_beta1: Share = 0.9
@@ -176,6 +194,8 @@ class OutputConfig(Config):
     """resume from the newest checkpoint of output_dir"""
     overwrite: bool = False
     """delete the run in output_dir before training"""
+    plan: bool = False
+    """print the plan, measured by a few steps, and stop before training; nothing is written"""
 
 
 class TrainConfig(DataConfig, ModelConfig, LossConfig, OptimConfig, MachineConfig, OutputConfig):
@@ -198,7 +218,29 @@ class TrainConfig(DataConfig, ModelConfig, LossConfig, OptimConfig, MachineConfi
             )
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite contradict each other; choose one.")
+        if self.budget is not None and "steps" in self.model_fields_set:
+            raise ValueError(f"budget={self.budget!r} and steps={self.steps} contradict each other; give one of them.")
         return self
+
+    def undecided(self) -> set[str]:
+        """Return the keys that were not given and follow from the budget; without a network, the recipe as well.
+
+        Where a run is pushed every push_every steps, save_every divides that and does not follow from the budget.
+        """
+        if self.budget is None:
+            return set()
+        recipe = set() if "unet" in self.model_fields_set else SIZED
+        fixed = {"save_every"} if self.push_every else set()
+        return set((LENGTHS | recipe) - self.model_fields_set - fixed)
+
+    @classmethod
+    def merge(cls, values: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+        """Return the values of a file and of the flags, which win.
+
+        A budget on the command line takes the place of the steps of a file and of all that suits their number.
+        """
+        replaced = {"budget"} if "steps" in flags else LENGTHS if "budget" in flags and "steps" in values else set()
+        return {name: value for name, value in values.items() if name not in replaced} | flags
 
     def is_due(self, step: int, every: int) -> bool:
         """Return whether a task is due after `step` steps: at multiples of `every` and at the end, or never for 0."""

@@ -18,14 +18,15 @@ from ddpm_pipe.schedulers import DDPMScheduler
 from ddpm_pipe.sharing.config import PushConfig
 from ddpm_pipe.sharing.push import Pusher
 from ddpm_pipe.training.config import TrainConfig
-from ddpm_pipe.training.draws import micro_batches
 from ddpm_pipe.training.interruption import Interrupted, Interruption
 from ddpm_pipe.training.launcher import follow_launcher, make_accelerator
 from ddpm_pipe.training.log import Log
 from ddpm_pipe.training.plan import announce, check_folder, print_changes
-from ddpm_pipe.training.recipe import lr_at, make_objective, make_scheduler, make_unet
+from ddpm_pipe.training.recipe import cooldown_start, lr_at, make_objective, make_scheduler, make_unet
 from ddpm_pipe.training.report import write_report
+from ddpm_pipe.training.settling import settle
 from ddpm_pipe.training.state import TrainState
+from ddpm_pipe.training.step import training_step
 from ddpm_pipe.training.validation import Validation
 
 __all__ = ["Interrupted", "TrainConfig", "train"]
@@ -33,6 +34,8 @@ __all__ = ["Interrupted", "TrainConfig", "train"]
 
 def train(config: TrainConfig) -> Path:
     """Train a network and save its averaged weights as a pipeline in `<output_dir>/pipeline`.
+
+    With `config.plan` only the plan is printed, and nothing is written.
 
     Returns:
         The folder of the pipeline, for `DDPMPipeline.from_pretrained`.
@@ -46,9 +49,10 @@ def train(config: TrainConfig) -> Path:
     config = follow_launcher(config)
     accelerator, run = make_accelerator(config), Run(config.output_dir)
     with ExitStack() as stack:
-        from_main(lambda: claim_folder(config, run, stack))
+        if not config.plan:
+            from_main(lambda: claim_folder(config, run, stack))
         run_steps(config, accelerator, run, interruption)
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and not config.plan:
             write_report(run)
     # The wrapper of the network must be freed before the process group that it communicates through. Freed later, it
     # would hold the interpreter's lock while it waits for a thread that may itself be waiting for that lock.
@@ -65,19 +69,22 @@ def claim_folder(config: TrainConfig, run: Run, stack: ExitStack) -> None:
     """
     check_folder(config, run)
     stack.enter_context(run.locked())
-    if config.resume:
-        print_changes(config, run)
 
 
 def run_steps(config: TrainConfig, accelerator: Accelerator, run: Run, interruption: Interruption) -> None:
     """Take all optimizer steps of a run; a resumed run starts at its newest checkpoint."""
-    device = accelerator.device
     data, held_out = load_training_images(config, accelerator)
+    settled = settle(config, data, held_out, accelerator, run)
+    config = settled.config
+    if config.resume and accelerator.is_main_process:
+        print_changes(config, run)
     scheduler = make_scheduler(config)
     objective = make_objective(config, scheduler)
     state = TrainState(config, make_unet(config, data), accelerator)
-    first = state.restore(run) if config.resume else 0
-    announce(config, data, state, run)
+    first = state.restore(run, settled.last) if config.resume else 0
+    announce(settled, data, state, run, first)
+    if config.plan:
+        return
     batches = data.batches(config.batch_size, config.seed)
     log = Log(config, accelerator, run, first)
     validation = Validation(config, objective, held_out, log)
@@ -87,16 +94,7 @@ def run_steps(config: TrainConfig, accelerator: Accelerator, run: Run, interrupt
         if first and accelerator.is_main_process:
             validation.show(state, first)  # draws grids that are missing if the run was killed after this checkpoint
         for step in range(first, config.steps):  # Algorithm 1
-            seen, probabilities = [], state.timesteps.probabilities(device)
-            for part, draws in micro_batches(config, accelerator, probabilities, step, data.shape):
-                x0, labels = batches(step, part, device)
-                x0, conditions = draws.mirrored(x0), draws.conditions(labels, state.null_class)
-                draws.seed_dropout(state.dropouts)
-                with accelerator.accumulate(state.unet):
-                    losses = objective(state.unet, x0, draws.t, draws.eps, draws.self_condition, **conditions)
-                    accelerator.backward((losses * draws.weight).mean())
-                seen.append((draws.t, losses.detach()))
-            state.optimizer_step(step, seen)
+            seen = training_step(state, objective, batches, data.shape, step)
 
             done = step + 1
             log.write(done, seen, learning_rate=lr_at(step, config), **state.metrics())
@@ -124,7 +122,7 @@ def save(
     Raises:
         CheckpointError: where the weights are not finite, or a file cannot be written.
     """
-    saving = interrupted or config.is_due(step, config.save_every)
+    saving = interrupted or config.is_due(step, config.save_every) or step == cooldown_start(config)
     snapping = config.ema_sigma_rel and config.is_due(step, config.ema_snapshot_every or config.save_every)
     if saving or snapping:
         state.check_finite(step)

@@ -1,8 +1,10 @@
 """What a run prints and writes before its first step: the plan, the config, and changes since it was last started."""
 
 import json
+import math
 import os
 import platform
+from datetime import timedelta
 from importlib.metadata import version
 from typing import Any
 
@@ -13,6 +15,7 @@ from ddpm_pipe.data.stream import ImageStream
 from ddpm_pipe.run.files import replace_text
 from ddpm_pipe.run.folder import Run
 from ddpm_pipe.training.config import TrainConfig
+from ddpm_pipe.training.settling import Settled
 from ddpm_pipe.training.state import TrainState
 
 
@@ -35,31 +38,72 @@ def print_changes(config: TrainConfig, run: Run) -> None:
     before = run.read_config() if run.config.exists() else {}
     for name, value in before.items():
         now = getattr(config, name, value)
-        if now != value and name not in ("resume", "overwrite"):
+        if now != value and name not in ("resume", "overwrite", "plan"):
             print(f"resumed with {name}={now!r}, was {value!r}")
 
 
-def announce(config: TrainConfig, data: ImageData | ImageStream, state: TrainState, run: Run) -> None:
-    """Print the plan, and write it and the config into the run folder, after all checks of the config have passed."""
-    plan = make_plan(config, data, state)
-    state.accelerator.print("\n".join([plan["data"], *data.notes(), plan["network"], plan["batches"]]))
-    if state.accelerator.is_main_process:
+def announce(settled: Settled, data: ImageData | ImageStream, state: TrainState, run: Run, first: int) -> None:
+    """Print the plan, and write it and the config into the run folder, after all checks of the config have passed.
+
+    With `config.plan` nothing is written. `first` is the step from which the run goes on.
+    """
+    config, plan = settled.config, make_plan(settled, data, state)
+    lines = [plan["data"], *data.notes(), plan["network"], plan["batches"], *plan["reasons"], plan["compute"]]
+    state.accelerator.print("\n".join(filter(None, lines)))
+    if state.accelerator.is_main_process and not config.plan:
         if config.overwrite:
             run.clear()
+        if settled.last < math.inf:
+            forget_cooldown(run, first)
         replace_text(run.config, config.replace(resume=False, overwrite=False).to_yaml())
         replace_text(run.plan, json.dumps(plan, indent=2) + "\n")
 
 
-def make_plan(config: TrainConfig, data: ImageData | ImageStream, state: TrainState) -> dict[str, Any]:
+def forget_cooldown(run: Run, first: int) -> None:
+    """Delete what a lengthened run trained after step `first`, where it goes on, and say so.
+
+    This comes before the new config is written, so that a run that is killed in between is still the shorter one.
+    """
+    newest = max(run.steps(run.checkpoints), default=first)
+    if newest > first:
+        print(
+            f"the run is lengthened from step {first}; the cool-down of steps {first + 1} to {newest} is thrown away."
+        )
+        run.forget_after(first)
+
+
+def make_plan(settled: Settled, data: ImageData | ImageStream, state: TrainState) -> dict[str, Any]:
     """Return the plan of a run, as the model card shows it."""
+    config = settled.config
     return {
         "data": data.summary(),
         "class_names": list(data.class_names) if config.class_conditional else [],
         "network": state.describe_network(),
         "batches": state.describe_batches(),
+        "budget": settled.budget,
+        "reasons": settled.reasons,
+        "compute": describe_compute(settled, data, state.accelerator.device.type == "cuda"),
+        "measured": settled.probe and settled.probe._asdict(),
         "device": describe_device(state.accelerator.device),
         "versions": {name: version(name) for name in ("ddpm_pipe", "torch", "diffusers")},
     }
+
+
+def describe_compute(settled: Settled, data: ImageData | ImageStream, on_gpu: bool) -> str:
+    """Describe in one line how often the images are shown and, as far as it was measured, what the run takes."""
+    config, probe = settled.config, settled.probe
+    told = []
+    if isinstance(data, ImageData):
+        told.append(f"{config.steps * config.batch_size / len(data):.3g} epochs")
+    if probe:
+        grids = math.ceil(config.steps / config.sample_every) if config.sample_every else 0
+        seconds = config.steps * probe.step_seconds + grids * probe.showing_seconds
+        told.append(f"{probe.flops / 1e9:.3g} GFLOPs per image, forward and backward")
+        told.append(f"{probe.step_seconds:.3g} s per step and {probe.showing_seconds:.3g} s for each of {grids} grids")
+        told.append(f"{timedelta(seconds=round(seconds))} expected")
+    if probe and probe.peak_memory:
+        told.append(f"peak memory {probe.peak_memory / 2**30:.2f} GiB {'on the GPU' if on_gpu else 'of the process'}")
+    return ", ".join(told)
 
 
 def describe_device(device: torch.device) -> str:

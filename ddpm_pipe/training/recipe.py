@@ -19,12 +19,30 @@ from ddpm_pipe.training.config import LossConfig, ModelConfig, OptimConfig, Trai
 
 
 def lr_at(step: int, config: OptimConfig) -> float:
-    """Return the learning rate of step `step`, counted from 0: a linear warm-up, then constant or decaying to 0."""
+    """Return the learning rate of step `step`, counted from 0: a linear warm-up, then constant or decaying to 0.
+
+    The decay of warmup_stable_decay is 1 - sqrt(progress), the best of those compared in Hägele et al. 2024, "Scaling
+    laws and compute-optimal training beyond fixed training durations".
+    """
     if step < config.lr_warmup_steps:
         return config.learning_rate * (step + 1) / config.lr_warmup_steps
     progress = (step - config.lr_warmup_steps) / max(1, config.steps - config.lr_warmup_steps)
-    decay = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    start = cooldown_start(config)
+    cooled = max(0, step - start) / max(1, config.steps - start)
+    decay = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+        "warmup_stable_decay": 1 - math.sqrt(cooled),
+    }
     return config.learning_rate * decay[config.lr_schedule]
+
+
+def cooldown_start(config: OptimConfig) -> int:
+    """Return the step at which warmup_stable_decay begins to decay; for other schedules, the last step."""
+    if config.lr_schedule != "warmup_stable_decay":
+        return config.steps
+    return min(config.steps, max(config.lr_warmup_steps, config.steps - round(config.lr_cooldown * config.steps)))
 
 
 def make_unet(config: TrainConfig, data: ImageData | ImageStream) -> ModelMixin:

@@ -18,7 +18,7 @@ from ddpm_pipe.run.folder import Run
 from ddpm_pipe.training.config import TrainConfig
 from ddpm_pipe.training.dropout import use_image_dropout
 from ddpm_pipe.training.ema import EMA, power_decay, warmup_decay
-from ddpm_pipe.training.recipe import lr_at
+from ddpm_pipe.training.recipe import cooldown_start, lr_at
 from ddpm_pipe.training.timestep_sampling import TIMESTEP_SAMPLERS
 
 
@@ -149,7 +149,8 @@ class TrainState:
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         weights |= {f"ema-{name}": profile.module.state_dict() for name, profile in self.profiles.items()}
-        Checkpoints(run, self.config.keep_last, self.config.keep_every).save(step, weights, state)
+        keep = (self.config.keep_last, self.config.keep_every, cooldown_start(self.config))
+        Checkpoints(run, *keep).save(step, weights, state)
 
     def snapshot(self, run: Run, step: int) -> None:
         """Write the power-function averages to `<run>/ema/step-*/<sigma_rel>.safetensors`, for `posthoc`.
@@ -165,16 +166,17 @@ class TrainState:
 
         replace_folder(run.snapshot(step), write)
 
-    def restore(self, run: Run) -> int:
+    def restore(self, run: Run, last: float = math.inf) -> int:
         """Load the newest checkpoint of the main process and return its optimizer steps, 0 where there is none.
 
         All processes receive what the main process reads, because machines may hold checkpoints of their own.
+        Checkpoints of steps after `last` are left out.
 
         Raises:
             ValueError: where the checkpoint has another network, other averages or another timestep sampling.
             CheckpointError: where there are checkpoints, but none can be read.
         """
-        loaded = from_main(Checkpoints(run).load)
+        loaded = from_main(lambda: Checkpoints(run).load(last))
         if loaded is None:
             return 0
         step, weights, state = loaded

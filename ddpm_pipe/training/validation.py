@@ -22,6 +22,9 @@ from ddpm_pipe.training.config import TrainConfig
 from ddpm_pipe.training.log import Log, mean_by_timestep, named_means
 from ddpm_pipe.training.state import TrainState
 
+FAILURES = (ValueError, RuntimeError, MemoryError, OSError)
+"""What a grid that cannot be drawn raises; torch out of memory is a RuntimeError."""
+
 
 class Validation:
     """Measures the loss of the average on held-out images and draws sample grids, every `sample_every` steps.
@@ -48,7 +51,7 @@ class Validation:
         try:
             self._measure(state, step)
             self._draw(state, step)
-        except (ValueError, RuntimeError, MemoryError, OSError) as error:  # torch out of memory: RuntimeError
+        except FAILURES as error:
             reason = str(error).partition("\n")[0]
             print(f"the samples of step {step} could not be drawn ({reason}); the run goes on without them.")
 
