@@ -45,6 +45,14 @@ def make_recipe(folder: Path, unet=NETWORK, **options) -> TrainConfig:
     return TrainConfig(output_dir=str(folder), unet=unet, **(defaults | options))
 
 
+def move_to_root(pipeline: Path) -> None:
+    """Lay a pipeline's parts out as those of google/ddpm-cifar10-32: all files in one folder."""
+    for part in ("unet", "scheduler"):
+        for file in (pipeline / part).iterdir():
+            file.rename(pipeline / file.name)
+        (pipeline / part).rmdir()
+
+
 def write_config(config: TrainConfig) -> str:
     """The config in a file beside the run folder, for a command line."""
     file = Path(config.output_dir).parent / f"{Path(config.output_dir).name}.yaml"
