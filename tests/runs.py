@@ -96,10 +96,10 @@ def draw_parts(
     return [parts[start] for start in sorted(parts)]
 
 
-def launch(*argv: str, processes: int) -> subprocess.CompletedProcess:
+def launch(*argv: str, processes: int, **environment: str) -> subprocess.CompletedProcess:
     """Several processes on CPUs: without MPI, `accelerate launch --cpu` would start only one."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     return subprocess.run(
-        [*command, "examples/train.py", *argv], cwd=REPO, env=environment, capture_output=True, text=True, timeout=600
+        [*command, "examples/train.py", *argv], cwd=REPO, env=variables, capture_output=True, text=True, timeout=600
     )
