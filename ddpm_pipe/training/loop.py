@@ -5,6 +5,7 @@ The batch is cut into equal parts for processes and accumulation steps. So a run
 """
 
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -25,6 +26,7 @@ from ddpm_pipe.training.plan import announce, check_folder, print_changes
 from ddpm_pipe.training.recipe import cooldown_start, lr_at, make_objective, make_scheduler, make_unet
 from ddpm_pipe.training.report import write_report
 from ddpm_pipe.training.settling import settle
+from ddpm_pipe.training.start import find_source, start_from, take_over
 from ddpm_pipe.training.state import TrainState
 from ddpm_pipe.training.step import training_step
 from ddpm_pipe.training.validation import Validation
@@ -73,16 +75,20 @@ def claim_folder(config: TrainConfig, run: Run, stack: ExitStack) -> None:
 
 def run_steps(config: TrainConfig, accelerator: Accelerator, run: Run, interruption: Interruption) -> None:
     """Take all optimizer steps of a run; a resumed run starts at its newest checkpoint."""
+    source = from_main(partial(find_source, config, run))
+    config = take_over(config, source)
     data, held_out = load_training_images(config, accelerator)
     settled = settle(config, data, held_out, accelerator, run)
     config = settled.config
     if config.resume and accelerator.is_main_process:
         print_changes(config, run)
     scheduler = make_scheduler(config)
-    objective = make_objective(config, scheduler)
-    state = TrainState(config, make_unet(config, data), accelerator)
+    objective, unet = make_objective(config, scheduler), make_unet(config, data)
+    start = None if source is None else start_from(source, unet, config)
+    del source  # its weights are copied
+    state = TrainState(config, unet, accelerator)
     first = state.restore(run, settled.last) if config.resume else 0
-    announce(settled, data, state, run, first)
+    announce(settled, data, state, run, first, start)
     if config.plan:
         return
     batches = data.batches(config.batch_size, config.seed)

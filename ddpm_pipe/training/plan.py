@@ -24,13 +24,15 @@ def check_folder(config: TrainConfig, run: Run) -> None:
 
     Raises:
         ValueError: where the folder holds a run and neither `resume` nor `overwrite` is set, or where `overwrite` would
-            delete the images to train on or something that is not a run.
+            delete the images to train on, the model to start from or something that is not a run.
     """
     if run.config.exists() and not (config.resume or config.overwrite):
         raise ValueError(f"output_dir={config.output_dir!r} holds a run; pass --resume, --overwrite or another folder.")
     if config.overwrite:
         run.check_clearable()
-        run.check_apart(config.data)
+        run.check_apart("data", config.data)
+        if config.init_from is not None:
+            run.check_apart("init_from", config.init_from)
 
 
 def print_changes(config: TrainConfig, run: Run) -> None:
@@ -42,13 +44,23 @@ def print_changes(config: TrainConfig, run: Run) -> None:
             print(f"resumed with {name}={now!r}, was {value!r}")
 
 
-def announce(settled: Settled, data: ImageData | ImageStream, state: TrainState, run: Run, first: int) -> None:
+def announce(
+    settled: Settled,
+    data: ImageData | ImageStream,
+    state: TrainState,
+    run: Run,
+    first: int,
+    start: dict[str, Any] | None,
+) -> None:
     """Print the plan, and write it and the config into the run folder, after all checks of the config have passed.
 
-    With `config.plan` nothing is written. `first` is the step from which the run goes on.
+    With `config.plan` nothing is written. `first` is the step from which the run goes on, and `start` what
+    `start_from` tells of the model that it starts from.
     """
-    config, plan = settled.config, make_plan(settled, data, state)
-    lines = [plan["data"], *data.notes(), plan["network"], plan["batches"], *plan["reasons"], plan["compute"]]
+    config, plan = settled.config, make_plan(settled, data, state) | {"start": start}
+    started = [f"started from {config.init_from}: {start['told']}"] if start else []
+    lines = [plan["data"], *data.notes(), plan["network"], *started]
+    lines += [plan["batches"], *plan["reasons"], plan["compute"]]
     state.accelerator.print("\n".join(filter(None, lines)))
     if state.accelerator.is_main_process and not config.plan:
         if config.overwrite:
