@@ -73,6 +73,11 @@ class ModelConfig(Config):
 class LossConfig(Config):
     """Loss"""
 
+    objective: Literal["denoising", "consistency"] = "denoising"
+    """denoising, or consistency, which tunes a trained model to draw in 1 to 4 steps; loss, its weights and vlb_weight
+    are of denoising alone"""
+    consistency_stages: PositiveInt = 4
+    """how often the two timesteps that consistency compares come closer in a run"""
     loss: str = "l2"
     """how an error is measured: l1, l2 or huber"""
     loss_weight: str = "none"
@@ -198,7 +203,21 @@ class TrainConfig(DataConfig, ModelConfig, LossConfig, OptimConfig, MachineConfi
             )
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite contradict each other; choose one.")
+        if self.objective == "consistency":
+            self._check_consistency()
         return self
+
+    def _check_consistency(self) -> None:
+        if self.prediction_type == "epsilon":
+            raise ValueError(
+                "objective='consistency' needs prediction_type v_prediction or sample, because at the last timestep an "
+                "error of the predicted noise is many times as large in the image; train a model that predicts noise "
+                "further with prediction_type v_prediction first."
+            )
+        if self.variance_type == "learned_range":
+            raise ValueError("objective='consistency' trains no variance; choose variance_type fixed_small.")
+        if self.unet.get("self_condition"):
+            raise ValueError("objective='consistency' needs a network whose unet.self_condition is false.")
 
     def is_due(self, step: int, every: int) -> bool:
         """Return whether a task is due after `step` steps: at multiples of `every` and at the end, or never for 0."""

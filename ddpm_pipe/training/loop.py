@@ -24,7 +24,7 @@ from ddpm_pipe.training.interruption import Interrupted, Interruption
 from ddpm_pipe.training.launcher import follow_launcher, make_accelerator
 from ddpm_pipe.training.log import Log
 from ddpm_pipe.training.plan import announce, check_folder, print_changes
-from ddpm_pipe.training.recipe import lr_at, make_objective, make_scheduler, make_unet
+from ddpm_pipe.training.recipe import lr_at, make_objective, make_sampler, make_scheduler, make_unet
 from ddpm_pipe.training.report import write_report
 from ddpm_pipe.training.state import TrainState
 from ddpm_pipe.training.validation import Validation
@@ -94,7 +94,8 @@ def run_steps(config: TrainConfig, accelerator: Accelerator, run: Run, interrupt
                 x0, conditions = draws.mirrored(x0), draws.conditions(labels, state.null_class)
                 torch.manual_seed(draws.dropout_seed)
                 with accelerator.accumulate(state.unet):
-                    losses = objective(state.unet, x0, draws.t, draws.eps, draws.self_condition, **conditions)
+                    progress = step / config.steps
+                    losses = objective(state.unet, x0, draws.t, draws.eps, draws.self_condition, progress, **conditions)
                     accelerator.backward((losses * draws.weight).mean())
                 seen.append((draws.t, losses.detach()))
             state.optimizer_step(step, seen)
@@ -132,7 +133,7 @@ def save(
     if snapping:
         state.snapshot(run, step)
     if saving:
-        run.save_pipeline(run.pipeline, DDPMPipeline(state.average.module, scheduler), step)
+        run.save_pipeline(run.pipeline, DDPMPipeline(state.average.module, make_sampler(config, scheduler)), step)
         state.save(run, step)  # last, so that where a checkpoint exists, the rest does too
 
 
