@@ -18,6 +18,7 @@ from ddpm_pipe import DDPMPipeline
 from ddpm_pipe.consistency import ConsistencyObjective, earlier_timestep
 from ddpm_pipe.run.folder import Run
 from ddpm_pipe.schedulers import DDPMScheduler
+from ddpm_pipe.sharing.card import make_card
 from ddpm_pipe.training.loop import train
 
 COSINE = {"beta_schedule": "cosine", "prediction_type": "sample"}
@@ -267,3 +268,10 @@ def test_the_boundary_scaling_of_lcm_changes_nothing_in_a_few_steps(recipe):
         assert scheduler.timesteps[0] == len(scheduler.betas) - 1
         assert all(scheduler.get_scalings_for_boundary_condition_discrete(t)[0] < 1e-3 for t in scheduler.timesteps)
         assert all(scheduler.get_scalings_for_boundary_condition_discrete(t)[1] > 0.999 for t in scheduler.timesteps)
+
+
+def test_the_card_shows_a_call_of_two_steps(recipe):
+    config = recipe(sample_every=0, class_conditional=True, **TUNED)
+    card = make_card(Run(config.output_dir), train(config), "org/name").text
+    assert card.count("num_inference_steps=2, class_labels=0).images") == 2
+    assert "DDIMScheduler" not in card and "guidance_scale=2" not in card
