@@ -12,6 +12,10 @@ from ddpm_pipe.noise import snr
 from ddpm_pipe.prediction import PREDICTIONS
 from ddpm_pipe.schedulers import LEARNED_VARIANCES, DDPMScheduler
 
+HUBER = 0.00054
+"""c of the pseudo-Huber loss, for errors per pixel (Song & Dhariwal 2023, "Improved techniques for training consistency
+models", section 3.3, whose norm is larger than the root mean square by the square root of the number of pixels)."""
+
 
 def earlier_timestep(sigmas: Tensor, t: Tensor, stage: int) -> Tensor:
     """Return the timestep r < t whose answer is the target at t, (B,); -1 stands for the clean image.
@@ -76,7 +80,7 @@ class ConsistencyObjective:
             target = self._denoise(unet, x0, r.clamp(min=0), eps, conditions)
         target = torch.where((r < 0).view(-1, 1, 1, 1), x0, target)
         error = self._denoise(unet, x0, t, eps, conditions) - target
-        distance = error.square().flatten(1).mean(1)
+        distance = (error.square().flatten(1).mean(1) + HUBER**2).sqrt() - HUBER
         return distance / (self.sigmas[t + 1] - self.sigmas[r + 1]).float()
 
     def _denoise(self, unet: nn.Module, x0: Tensor, t: Tensor, eps: Tensor, conditions: dict[str, Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.functional import dropout
 
 from ddpm_pipe import DDPMPipeline
-from ddpm_pipe.consistency import ConsistencyObjective, earlier_timestep
+from ddpm_pipe.consistency import HUBER, ConsistencyObjective, earlier_timestep
 from ddpm_pipe.run.folder import Run
 from ddpm_pipe.schedulers import DDPMScheduler
 from ddpm_pipe.sharing.card import make_card
@@ -129,11 +129,10 @@ def pull(chain: DDPMScheduler, function, stages: int) -> torch.Tensor:
 
 
 def test_the_loss_pulls_at_a_denoiser_and_not_at_the_consistency_function_of_normal_images():
-    """The gradient vanishes as r approaches t (first order), while that at the mean does not."""
-    at_flow, closer = (pull(CHAINS[0], gaussian_flow, stages) for stages in (4, 7))
-    at_mean = pull(CHAINS[0], gaussian_mean, 7)
-    assert closer < at_flow / 4
-    assert closer < at_mean / 20
+    """As r approaches t, the gradient vanishes beside that at the mean (first order)."""
+    far, near = (pull(CHAINS[0], gaussian_flow, n) / pull(CHAINS[0], gaussian_mean, n) for n in (4, 7))
+    assert near < far / 4
+    assert near < 0.05
 
 
 def test_the_loss_of_the_consistency_function_of_normal_images():
@@ -146,8 +145,9 @@ def test_the_loss_of_the_consistency_function_of_normal_images():
     losses = ConsistencyObjective(chain, stages=4)(Denoiser(estimate), std * noise, t, eps)
     r = earlier_timestep(sigmas(chain), t, 4)
     angle = (sigma(chain, t) / std).atan() - (sigma(chain, r) / std).atan()
-    expected = 2 * std**2 * (1 - angle.cos()) / (sigma(chain, t) - sigma(chain, r))
-    torch.testing.assert_close(losses.double(), expected, rtol=0.02, atol=0)
+    error = (2 * std**2 * (1 - angle.cos()) + HUBER**2).sqrt() - HUBER
+    expected = error / (sigma(chain, t) - sigma(chain, r))
+    torch.testing.assert_close(losses.double(), expected, rtol=0.03, atol=0)
 
 
 def test_errors_are_weighed_by_one_over_the_difference_of_noise(batch):
@@ -157,6 +157,7 @@ def test_errors_are_weighed_by_one_over_the_difference_of_noise(batch):
     r = earlier_timestep(sigmas(CHAINS[0]), t, 3)
     target = torch.where((r < 0).view(-1, 1, 1, 1), x0, (r / 1000).view(-1, 1, 1, 1))
     errors = ((t / 1000).view(-1, 1, 1, 1) - target).square().flatten(1).mean(1)
+    errors = (errors + HUBER**2).sqrt() - HUBER
     torch.testing.assert_close(losses, (errors / (sigma(CHAINS[0], t) - sigma(CHAINS[0], r))).float())
     assert torch.equal(network.seen[0], r.clamp(min=0)) and torch.equal(network.seen[1], t)
 
@@ -168,7 +169,8 @@ def test_the_target_has_no_gradient(batch):
     losses = objective(Denoiser(lambda x, t: slope * (t / 1000).float().expand_as(x)), x0, t, eps)
     (gradient,) = torch.autograd.grad(losses.sum(), slope)
     r = earlier_timestep(sigmas(CHAINS[0]), t, 9)
-    expected = (2 * 0.7 * (t - r) * t / 1000**2 / (sigma(CHAINS[0], t) - sigma(CHAINS[0], r))).sum()
+    error, weight = 0.7 * (t - r) / 1000, 1 / (sigma(CHAINS[0], t) - sigma(CHAINS[0], r))
+    expected = (error / (error**2 + HUBER**2).sqrt() * t / 1000 * weight).sum()
     torch.testing.assert_close(gradient.double(), expected.double(), rtol=1e-4, atol=0)
 
 
@@ -189,7 +191,7 @@ def test_outputs_are_compared_as_estimates_of_x0(batch, prediction_type):
         velocity = (signal * x - 0.5) / (1 - signal**2).sqrt()
         return torch.full_like(x, 0.5) if prediction_type == "sample" else velocity
 
-    assert ConsistencyObjective(chain, stages=9)(Denoiser(answer), x0, t, eps).max() < 1e-6
+    assert ConsistencyObjective(chain, stages=9)(Denoiser(answer), x0, t, eps).max() < 1e-4
 
 
 # ---------------------------------------------------------------- runs
