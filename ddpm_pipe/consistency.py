@@ -49,14 +49,12 @@ class ConsistencyObjective:
         config = scheduler.config
         if config.prediction_type == "epsilon":
             raise ValueError(
-                "objective='consistency' needs prediction_type v_prediction or sample, since an error of predicted "
-                "noise grows without bound in x0; train a model of noise further with prediction_type v_prediction "
-                "first."
+                "objective='consistency' needs prediction_type v_prediction or sample, because at the last timestep an "
+                "error of the predicted noise is many times as large in the image; train a model that predicts noise "
+                "further with prediction_type v_prediction first."
             )
         if config.variance_type in LEARNED_VARIANCES:
-            raise ValueError(
-                f"objective='consistency' has no use for variance_type={config.variance_type!r}; take fixed_small."
-            )
+            raise ValueError("objective='consistency' trains no variance; choose variance_type fixed_small.")
         self.scheduler, self.stages = scheduler, stages
         self.sigmas = snr(scheduler.alpha_bar(torch.arange(-1, len(scheduler)))).rsqrt()
 

@@ -209,7 +209,7 @@ TUNED = {"objective": "consistency", "prediction_type": "v_prediction", "num_tra
 )
 def test_what_cannot_be_tuned_is_one_sentence(recipe, options, sentence):
     with one_sentence(sentence):
-        recipe(**TUNED | options)
+        train(recipe(**TUNED | options))
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

@@ -203,21 +203,9 @@ class TrainConfig(DataConfig, ModelConfig, LossConfig, OptimConfig, MachineConfi
             )
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite contradict each other; choose one.")
-        if self.objective == "consistency":
-            self._check_consistency()
-        return self
-
-    def _check_consistency(self) -> None:
-        if self.prediction_type == "epsilon":
-            raise ValueError(
-                "objective='consistency' needs prediction_type v_prediction or sample, because at the last timestep an "
-                "error of the predicted noise is many times as large in the image; train a model that predicts noise "
-                "further with prediction_type v_prediction first."
-            )
-        if self.variance_type == "learned_range":
-            raise ValueError("objective='consistency' trains no variance; choose variance_type fixed_small.")
-        if self.unet.get("self_condition"):
+        if self.objective == "consistency" and self.unet.get("self_condition"):
             raise ValueError("objective='consistency' needs a network whose unet.self_condition is false.")
+        return self
 
     def is_due(self, step: int, every: int) -> bool:
         """Return whether a task is due after `step` steps: at multiples of `every` and at the end, or never for 0."""
