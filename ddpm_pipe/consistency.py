@@ -70,7 +70,8 @@ class ConsistencyObjective:
     ) -> Tensor:
         """Return the loss of each image, (B,); the arguments are those of `Objective`.
 
-        The network answers twice with the same dropout. Its answer at the earlier timestep is without gradient.
+        The network answers twice with the same dropout. Its answer at the earlier timestep is without gradient. The
+        weight is 1 / sigma_t + 1 / sigma_data of the paper, with the sigma_data = 1 of a network that predicts v.
         """
         self.sigmas = self.sigmas.to(t.device)  # the first call copies them
         r = earlier_timestep(self.sigmas, t, 1 + min(int(progress * self.stages), self.stages - 1))
@@ -79,7 +80,7 @@ class ConsistencyObjective:
         target = torch.where((r < 0).view(-1, 1, 1, 1), x0, target)
         error = self._denoise(unet, x0, t, eps, conditions) - target
         distance = (error.square().flatten(1).mean(1) + HUBER**2).sqrt() - HUBER
-        return distance / (self.sigmas[t + 1] - self.sigmas[r + 1]).float()
+        return distance * (1 + 1 / self.sigmas[t + 1]).float()
 
     def _denoise(self, unet: nn.Module, x0: Tensor, t: Tensor, eps: Tensor, conditions: dict[str, Tensor]) -> Tensor:
         """Return D(x_t), the network's estimate of x0 from x0 and noise mixed as at t, (B, C, H, W)."""

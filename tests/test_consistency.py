@@ -146,11 +146,11 @@ def test_the_loss_of_the_consistency_function_of_normal_images():
     r = earlier_timestep(sigmas(chain), t, 4)
     angle = (sigma(chain, t) / std).atan() - (sigma(chain, r) / std).atan()
     error = (2 * std**2 * (1 - angle.cos()) + HUBER**2).sqrt() - HUBER
-    expected = error / (sigma(chain, t) - sigma(chain, r))
+    expected = error * (1 + 1 / sigma(chain, t))
     torch.testing.assert_close(losses.double(), expected, rtol=0.03, atol=0)
 
 
-def test_errors_are_weighed_by_one_over_the_difference_of_noise(batch):
+def test_errors_are_weighed_by_one_over_the_noise_and_one_more(batch):
     x0, t, eps = batch
     network = Denoiser(lambda x, t: (t / 1000).float().expand_as(x))
     losses = ConsistencyObjective(CHAINS[0], stages=5)(network, x0, t, eps, False, 0.5)  # the third of five stages
@@ -158,7 +158,7 @@ def test_errors_are_weighed_by_one_over_the_difference_of_noise(batch):
     target = torch.where((r < 0).view(-1, 1, 1, 1), x0, (r / 1000).view(-1, 1, 1, 1))
     errors = ((t / 1000).view(-1, 1, 1, 1) - target).square().flatten(1).mean(1)
     errors = (errors + HUBER**2).sqrt() - HUBER
-    torch.testing.assert_close(losses, (errors / (sigma(CHAINS[0], t) - sigma(CHAINS[0], r))).float())
+    torch.testing.assert_close(losses, (errors * (1 + 1 / sigma(CHAINS[0], t))).float())
     assert torch.equal(network.seen[0], r.clamp(min=0)) and torch.equal(network.seen[1], t)
 
 
@@ -169,7 +169,7 @@ def test_the_target_has_no_gradient(batch):
     losses = objective(Denoiser(lambda x, t: slope * (t / 1000).float().expand_as(x)), x0, t, eps)
     (gradient,) = torch.autograd.grad(losses.sum(), slope)
     r = earlier_timestep(sigmas(CHAINS[0]), t, 9)
-    error, weight = 0.7 * (t - r) / 1000, 1 / (sigma(CHAINS[0], t) - sigma(CHAINS[0], r))
+    error, weight = 0.7 * (t - r) / 1000, 1 + 1 / sigma(CHAINS[0], t)
     expected = (error / (error**2 + HUBER**2).sqrt() * t / 1000 * weight).sum()
     torch.testing.assert_close(gradient.double(), expected.double(), rtol=1e-4, atol=0)
 
