@@ -14,6 +14,11 @@ from ddpm_pipe.checks import check_choice, check_number, falling_timesteps
 from ddpm_pipe.prediction import PREDICTIONS
 
 
+def same_levels(first: Tensor, second: Tensor) -> bool:
+    """Return whether two chains have the same noise levels, by their alpha_bar, each (T,)."""
+    return first.shape == second.shape and torch.allclose(first, second, rtol=0, atol=1e-4)
+
+
 def check_scheduler(scheduler: SchedulerMixin, own: SchedulerMixin) -> None:
     """Raise unless `scheduler` can sample a network that was trained with `own`.
 
@@ -26,8 +31,7 @@ def check_scheduler(scheduler: SchedulerMixin, own: SchedulerMixin) -> None:
     """
     name = f"scheduler={type(scheduler).__name__}"
     levels, own_levels = (getattr(each, "alphas_cumprod", torch.empty(0)).cpu() for each in (scheduler, own))
-    same = levels.shape == own_levels.shape and torch.allclose(levels, own_levels, rtol=0, atol=1e-4)
-    if len(levels) == 0 or not same:
+    if len(levels) == 0 or not same_levels(levels, own_levels):
         raise ValueError(
             f"{name} has other noise levels than the model was trained with, by its alphas_cumprod; use a scheduler "
             "that has them, made with from_config of the model's own."

@@ -112,8 +112,8 @@ class Config(BaseModel):
         return [name for names in cls.sections().values() for name in names]
 
     def replace(self, **changes: Any) -> Self:
-        """Return the same config with some values replaced; the new values are checked."""
-        return type(self)(**dict(self) | changes)
+        """Return the same config with some values replaced; the new values are checked, and defaults stay not given."""
+        return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
 
     def to_yaml(self) -> str:
         """Return the text of a config file, section after section."""

@@ -25,7 +25,7 @@ from ddpm_pipe.schedulers import DDIMScheduler, DDPMScheduler
 from ddpm_pipe.sharing.card import make_card
 from ddpm_pipe.sharing.upload import stage_pipeline, upload
 from ddpm_pipe.unet import DDPMUNet2DModel
-from ddpm_pipe.weights import CODE, STEM, from_config, load_network, read_json, weight_files, why_none
+from ddpm_pipe.weights import CODE, STEM, from_config, load_network, part_folder, read_json, weight_files, why_none
 
 NETWORKS: dict[str, type[ModelMixin]] = {cls.__name__: cls for cls in (DDPMUNet2DModel, UNet2DModel)}
 SAMPLERS = {cls.__name__: cls for cls in (DDPMScheduler, DDIMScheduler)}
@@ -75,6 +75,8 @@ class DDPMPipeline(PixelDiffusionPipeline):
     ) -> "DDPMPipeline":
         """Load a pipeline from a folder or the Hub: one of this package or a stock one of UNet2DModel and scheduler.
 
+        Both parts may also lie in the folder itself, as those of google/ddpm-* do.
+
         DDPM and DDIM schedulers load as those of this package. No code of the folder or repository is executed: this
         method makes both parts itself, from classes of this package and of diffusers.
 
@@ -112,9 +114,9 @@ class DDPMPipeline(PixelDiffusionPipeline):
         network_class, scheduler_class = read_index(folder)
         if unet is None:
             precision = _precision(torch_dtype if dtype is None else dtype)
-            unet = load_network(network_class, folder / "unet", variant, precision).to(_device(device_map))
+            unet = load_network(network_class, part_folder(folder, "unet"), variant, precision).to(_device(device_map))
         if scheduler is None:
-            scheduler = from_config(scheduler_class, folder / "scheduler" / scheduler_class.config_name)
+            scheduler = from_config(scheduler_class, part_folder(folder, "scheduler") / scheduler_class.config_name)
         loaded = cls(unet, scheduler)
         loaded.register_to_config(_name_or_path=str(source))
         return loaded
@@ -135,18 +137,20 @@ class DDPMPipeline(PixelDiffusionPipeline):
             ValueError: where the repository has no such weights.
             OSError: where the repository or revision does not exist or may not be read.
         """
-        patterns = [cls.config_name, "*/*.json"]
+        patterns = ["*.json"]
         if unet is None:
-            stem = "unet/" + (STEM if variant is None else f"{STEM}.{variant}")
-            patterns += [f"{stem}.safetensors", f"{stem}-*.safetensors"]
+            stem = STEM if variant is None else f"{STEM}.{variant}"
+            patterns += [f"{part}{stem}{end}.safetensors" for part in ("unet/", "") for end in ("", "-*")]
         options = {name: value for name, value in hub_options.items() if value is not None}
         folder = Path(snapshot_download(pretrained_model_name, allow_patterns=patterns, **options))
-        if unet is None and not weight_files(folder / "unet", variant):
-            names = [path.name for path in folder.glob("unet/*")]
+        part = part_folder(folder, "unet")
+        if unet is None and not weight_files(part, variant):
+            names = [path.name for path in part.iterdir()]
             if not options.get("local_files_only"):
                 chosen = {name: options[name] for name in ("revision", "token") if name in options}
                 files = HfApi().list_repo_files(pretrained_model_name, **chosen)
-                names = [name.removeprefix("unet/") for name in files if name.startswith("unet/")]
+                inside = "" if part == folder else "unet/"
+                names = [name.removeprefix(inside) for name in files if name.startswith(inside)]
             raise ValueError(why_none(f"{pretrained_model_name}/unet", names, variant))
         return str(folder)
 

@@ -111,6 +111,11 @@ def weight_files(folder: Path, variant: str | None = None, suffix: str = "safete
     return [folder / name for name in sorted(set(shards.values()))]
 
 
+def part_folder(pipeline: Path, name: str) -> Path:
+    """Return the folder of a part of a pipeline: its own or, as in google/ddpm-*, that of the pipeline itself."""
+    return pipeline / name if (pipeline / name).is_dir() else pipeline
+
+
 def saved_variants(names: Iterable[str]) -> set[str | None]:
     """Return the variants, such as "fp16", whose weights are among files of these names; None is that without name."""
     saved = rf"{STEM}(?:\.([^.]+))?\.safetensors|{STEM}\.safetensors\.index(?:\.([^.]+))?\.json"
@@ -209,4 +214,4 @@ def load_network(
 
 def weights_sha256(pipeline: Path) -> dict[str, str]:
     """Return the checksums of the weight files in a pipeline folder, by name; they tell one model from another."""
-    return {path.name: sha256(path) for path in sorted((pipeline / "unet").glob("*.safetensors"))}
+    return {path.name: sha256(path) for path in sorted(part_folder(pipeline, "unet").glob("*.safetensors"))}

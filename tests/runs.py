@@ -45,6 +45,14 @@ def make_recipe(folder: Path, unet=NETWORK, **options) -> TrainConfig:
     return TrainConfig(output_dir=str(folder), unet=unet, **(defaults | options))
 
 
+def move_to_root(pipeline: Path) -> None:
+    """Lay a pipeline's parts out as those of google/ddpm-cifar10-32: all files in one folder."""
+    for part in ("unet", "scheduler"):
+        for file in (pipeline / part).iterdir():
+            file.rename(pipeline / file.name)
+        (pipeline / part).rmdir()
+
+
 def write_config(config: TrainConfig) -> str:
     """The config in a file beside the run folder, for a command line."""
     file = Path(config.output_dir).parent / f"{Path(config.output_dir).name}.yaml"
@@ -88,10 +96,10 @@ def draw_parts(
     return [parts[start] for start in sorted(parts)]
 
 
-def launch(*argv: str, processes: int) -> subprocess.CompletedProcess:
+def launch(*argv: str, processes: int, **environment: str) -> subprocess.CompletedProcess:
     """Several processes on CPUs: without MPI, `accelerate launch --cpu` would start only one."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     return subprocess.run(
-        [*command, "examples/train.py", *argv], cwd=REPO, env=environment, capture_output=True, text=True, timeout=600
+        [*command, "examples/train.py", *argv], cwd=REPO, env=variables, capture_output=True, text=True, timeout=600
     )

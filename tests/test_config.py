@@ -192,6 +192,7 @@ def test_python_may_pass_paths_tuples_and_numbers_of_numpy(tmp_path):
 def test_a_config_is_changed_by_making_another_one():
     config = TrainConfig(data="x", steps=10)
     assert config.replace(steps=20) == TrainConfig(data="x", steps=20) and config.steps == 10
+    assert config.replace(seed=1).model_fields_set == {"data", "steps", "seed"}
     with one_sentence("steps=0 must be greater than or equal to 1"):
         config.replace(steps=0)
     with pytest.raises(ValueError):

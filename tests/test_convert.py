@@ -12,15 +12,18 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from conftest import one_sentence
 from hub_server import HubServer
 from huggingface_hub import HfApi, constants
 from pypi import importable, load, unpacked
+from runs import move_to_root
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ddpm_pipe import DDIMScheduler, DDPMPipeline, DDPMUNet2DModel
 from ddpm_pipe.convert.command import FAMILIES, convert
 from ddpm_pipe.convert.config import ConvertConfig
+from ddpm_pipe.weights import weights_sha256
 
 pytestmark = [
     pytest.mark.xdist_group("packages"),  # one worker downloads them
@@ -330,10 +333,7 @@ def google(folder: Path, pickled: bool, at_root: bool) -> diffusers.DDPMPipeline
     stock.set_progress_bar_config(disable=True)
     stock.save_pretrained(folder, safe_serialization=not pickled)
     if at_root:
-        for part in ("unet", "scheduler"):
-            for file in (folder / part).iterdir():
-                file.rename(folder / file.name)
-            (folder / part).rmdir()
+        move_to_root(folder)
     return stock
 
 
@@ -348,6 +348,12 @@ def test_google_ddpm_draws_its_own_images(pickled, at_root, tmp_path):
     stock = google(tmp_path / "stock [a]*", pickled, at_root)
     convert(ConvertConfig(source=str(tmp_path / "stock [a]*"), output_dir=str(tmp_path / "out")))
     assert_draws_as(stock, tmp_path / "out")
+    if pickled:
+        with one_sentence("has no", "but pickled weights", "ddpm-pipe convert makes safetensors of them"):
+            DDPMPipeline.from_pretrained(tmp_path / "stock [a]*")
+    else:
+        assert_draws_as(stock, tmp_path / "stock [a]*")
+        assert weights_sha256(tmp_path / "stock [a]*") == weights_sha256(tmp_path / "out")
 
 
 def test_attention_of_2022_has_its_names_of_today(tmp_path):

@@ -200,7 +200,7 @@ def test_overwriting_never_deletes_training_data(recipe, few_images, monkeypatch
 
 def test_the_name_of_a_dataset_on_the_hub_is_no_folder_of_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Run(".").check_apart("org/name")
+    Run(".").check_apart("data", "org/name")
 
 
 @pytest.mark.parametrize("at", ["metrics.jsonl", "plan.json", "config.yaml"])

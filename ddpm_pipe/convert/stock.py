@@ -10,12 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ddpm_pipe.pretrained import SAMPLERS, DDPMPipeline, read_index
-from ddpm_pipe.weights import STEM, from_config, load_network, weight_files
-
-
-def _part(folder: Path, name: str) -> Path:
-    """Return the folder of a part of the pipeline: its own or, as in google/ddpm-*, that of the pipeline itself."""
-    return folder / name if (folder / name).is_dir() else folder
+from ddpm_pipe.weights import STEM, from_config, load_network, part_folder, weight_files
 
 
 def _fetch(source: str) -> Path:
@@ -31,7 +26,7 @@ def _fetch(source: str) -> Path:
         for suffix in ("safetensors", "bin"):
             patterns = ["*.json", f"{STEM}*.{suffix}", f"unet/{STEM}*.{suffix}"]
             folder = Path(snapshot_download(source, allow_patterns=patterns))
-            if weight_files(_part(folder, "unet"), suffix=suffix):
+            if weight_files(part_folder(folder, "unet"), suffix=suffix):
                 break
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = " ".join(str(error).split())
@@ -57,7 +52,8 @@ def pipeline(source: str) -> DDPMPipeline:
         raise ValueError(
             f"source={source!r} has a {scheduler_class.__name__}; with {' or '.join(SAMPLERS)} it can be converted."
         )
-    part = _part(folder, "unet")
+    part = part_folder(folder, "unet")
     suffix = "bin" if weight_files(part, suffix="bin") and not weight_files(part) else "safetensors"
     network = load_network(network_class, part, suffix=suffix)
-    return DDPMPipeline(network, from_config(scheduler_class, _part(folder, "scheduler") / scheduler_class.config_name))
+    scheduler = from_config(scheduler_class, part_folder(folder, "scheduler") / scheduler_class.config_name)
+    return DDPMPipeline(network, scheduler)

@@ -153,14 +153,14 @@ class Run:
                 f"{self.plan.name} of a run, so --overwrite deletes nothing there; choose another folder."
             )
         if found:
-            self.check_apart(str(self.read_config()["data"]))
+            self.check_apart("data", str(self.read_config()["data"]))
 
-    def check_apart(self, data: str) -> None:
-        """Raise ValueError where images lie in the folder; `data` names them as for training."""
-        path = Path(data).expanduser()
-        here = path.exists() or glob.has_magic(data)  # else it is an id on the Hub
+    def check_apart(self, name: str, place: str) -> None:
+        """Raise ValueError where the images or the model that a key of the config names lie in the folder."""
+        path = Path(place).expanduser()
+        here = path.exists() or glob.has_magic(place)  # else it is an id on the Hub
         if here and self.folder.resolve() in (path.resolve(), *path.resolve().parents):
-            raise ValueError(f"data={data!r} lies in output_dir={str(self)!r}, which --overwrite deletes.")
+            raise ValueError(f"{name}={place!r} lies in output_dir={str(self)!r}, which --overwrite deletes.")
 
     def clear(self) -> None:
         """Delete everything in the folder, plan and config last, so that what an interruption leaves is still a run.

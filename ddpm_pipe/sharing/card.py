@@ -42,7 +42,7 @@ def make_card(
     Raises:
         ValueError: where the run lacks its config or plan, or its evaluation cannot be read.
     """
-    facts = read_pipeline(pipeline) | {"plan": {"class_names": []}}
+    facts: dict[str, Any] = read_pipeline(pipeline) | {"plan": {"class_names": []}}
     metrics: list[dict[str, Any]] = []
     if run is not None:
         facts |= read_run(run, pipeline)
@@ -55,6 +55,7 @@ def make_card(
         library_name="diffusers",
         pipeline_tag=TASK,
         tags=["ddpm_pipe", "diffusion", "ddpm"],
+        base_model=(facts["plan"].get("start") or {}).get("model"),
         datasets=[dataset] if dataset and "/" in dataset else None,
         eval_results=[
             EvalResult(
@@ -101,17 +102,18 @@ def read_pipeline(pipeline: Path) -> dict[str, Any]:
 
 def read_run(run: Run, pipeline: Path) -> dict[str, Any]:
     """Read what the template shows of a run: its recipe, plan, picture, steps and duration."""
-    recipe = run.read_config()
-    recipe = {key: value for key, value in recipe.items() if key not in PRIVATE}
+    plan = run.read_plan()
+    recipe = {key: value for key, value in run.read_config().items() if key not in PRIVATE}
     data = recipe["data"]
     recipe["data"] = shared_name(data)
+    recipe["init_from"] = (plan.get("start") or {"model": None})["model"]
     entries = trained_entries(run, pipeline)
     return {
         "picture": PICTURE if find_picture(run, pipeline) else None,
         "dataset": data if recipe["data"] == data and not Path(data).exists() else None,
         "recipe": recipe,
         "recipe_yaml": yaml.safe_dump(recipe, sort_keys=False).strip(),
-        "plan": run.read_plan(),
+        "plan": plan,
         "steps": entries[-1]["step"] if entries else 0,
         "average": describe_average(pipeline, recipe),
         "duration": str(timedelta(seconds=round(training_seconds(entries, recipe["batch_size"])))),

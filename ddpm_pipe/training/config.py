@@ -52,6 +52,9 @@ class DataConfig(Config):
 class ModelConfig(Config):
     """Network and noise"""
 
+    init_from: Place | None = None
+    """start from the weights of a model: the folder of a pipeline or run, or an id on the Hub; what no flag, file or
+    preset gives of network and noise is taken over from it, also each key of unet by itself"""
     unet: JsonDict = {}
     """the network: _class_name (DDPMUNet2DModel or UNet2DModel) and its config keys, as JSON"""
     num_train_timesteps: PositiveInt = 1000
@@ -188,11 +191,12 @@ class TrainConfig(DataConfig, ModelConfig, LossConfig, OptimConfig, MachineConfi
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.sample_steps > self.num_train_timesteps:
+        taken_over = ModelConfig.model_fields.keys() - self.model_fields_set if self.init_from is not None else set()
+        if self.sample_steps > self.num_train_timesteps and "num_train_timesteps" not in taken_over:
             raise ValueError(
                 f"sample_steps={self.sample_steps} is more than num_train_timesteps={self.num_train_timesteps}."
             )
-        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon" and "prediction_type" not in taken_over:
             raise ValueError(
                 "rescale_betas_zero_snr needs prediction_type sample or v_prediction: noise alone shows no image."
             )

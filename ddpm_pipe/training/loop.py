@@ -5,6 +5,7 @@ The batch is cut into equal parts for processes and accumulation steps. So a run
 """
 
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from ddpm_pipe.training.log import Log
 from ddpm_pipe.training.plan import announce, check_folder, print_changes
 from ddpm_pipe.training.recipe import lr_at, make_objective, make_sampler, make_scheduler, make_unet
 from ddpm_pipe.training.report import write_report
+from ddpm_pipe.training.start import find_source, start_from, take_over
 from ddpm_pipe.training.state import TrainState
 from ddpm_pipe.training.validation import Validation
 
@@ -66,19 +68,22 @@ def claim_folder(config: TrainConfig, run: Run, stack: ExitStack) -> None:
     """
     check_folder(config, run)
     stack.enter_context(run.locked())
-    if config.resume:
-        print_changes(config, run)
 
 
 def run_steps(config: TrainConfig, accelerator: Accelerator, run: Run, interruption: Interruption) -> None:
     """Take all optimizer steps of a run; a resumed run starts at its newest checkpoint."""
-    device = accelerator.device
+    device, source = accelerator.device, from_main(partial(find_source, config, run))
+    config = take_over(config, source)
+    if config.resume:
+        from_main(partial(print_changes, config, run))
     data, held_out = load_training_images(config, accelerator)
     scheduler = make_scheduler(config)
-    objective = make_objective(config, scheduler)
-    state = TrainState(config, make_unet(config, data), accelerator)
+    objective, unet = make_objective(config, scheduler), make_unet(config, data)
+    start = None if source is None else start_from(source, unet, config)
+    del source  # its weights are copied
+    state = TrainState(config, unet, accelerator)
     first = state.restore(run) if config.resume else 0
-    announce(config, data, state, run)
+    announce(config, data, state, run, start)
     batches = data.batches(config.batch_size, config.seed)
     log = Log(config, accelerator, run, first)
     validation = Validation(config, objective, held_out, log)

@@ -21,13 +21,15 @@ def check_folder(config: TrainConfig, run: Run) -> None:
 
     Raises:
         ValueError: where the folder holds a run and neither `resume` nor `overwrite` is set, or where `overwrite` would
-            delete the images to train on or something that is not a run.
+            delete the images to train on, the model to start from or something that is not a run.
     """
     if run.config.exists() and not (config.resume or config.overwrite):
         raise ValueError(f"output_dir={config.output_dir!r} holds a run; pass --resume, --overwrite or another folder.")
     if config.overwrite:
         run.check_clearable()
-        run.check_apart(config.data)
+        run.check_apart("data", config.data)
+        if config.init_from is not None:
+            run.check_apart("init_from", config.init_from)
 
 
 def print_changes(config: TrainConfig, run: Run) -> None:
@@ -39,10 +41,14 @@ def print_changes(config: TrainConfig, run: Run) -> None:
             print(f"resumed with {name}={now!r}, was {value!r}")
 
 
-def announce(config: TrainConfig, data: ImageData | ImageStream, state: TrainState, run: Run) -> None:
+def announce(
+    config: TrainConfig, data: ImageData | ImageStream, state: TrainState, run: Run, start: dict[str, Any] | None
+) -> None:
     """Print the plan, and write it and the config into the run folder, after all checks of the config have passed."""
-    plan = make_plan(config, data, state)
-    state.accelerator.print("\n".join([plan["data"], *data.notes(), plan["network"], plan["batches"]]))
+    plan = make_plan(config, data, state) | {"start": start}
+    started = [f"started from {config.init_from}: {start['told']}"] if start else []
+    lines = [plan["data"], *data.notes(), plan["network"], *started, plan["batches"]]
+    state.accelerator.print("\n".join(lines))
     if state.accelerator.is_main_process:
         if config.overwrite:
             run.clear()
