@@ -212,6 +212,23 @@ def test_what_cannot_be_tuned_is_one_sentence(recipe, options, sentence):
         train(recipe(**TUNED | options))
 
 
+def test_a_student_starts_from_its_teacher_and_predicts_the_same(recipe):
+    teacher = train(recipe("teacher", prediction_type="v_prediction", steps=1, sample_every=0))
+    options = {"init_from": str(teacher), "steps": 1, "sample_every": 0, "learning_rate": 1e-12}
+    student = DDPMPipeline.from_pretrained(train(recipe("student", objective="consistency", **options)))
+    assert student.scheduler.config.prediction_type == "v_prediction"
+    before = DDPMPipeline.from_pretrained(teacher).unet.state_dict()
+    assert_same(student.unet.state_dict(), before, rtol=0, atol=1e-9)
+
+
+def test_a_teacher_of_noise_has_to_predict_v_first(recipe):
+    teacher = train(recipe("teacher", steps=1, sample_every=0))
+    student = recipe("student", init_from=str(teacher), objective="consistency", steps=1, sample_every=0)
+    with one_sentence("objective='consistency' needs prediction_type v_prediction or sample"):
+        train(student)
+    assert train(student.replace(prediction_type="v_prediction")).is_dir()
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(recipe, precision):
     config = recipe(

@@ -100,7 +100,8 @@ def make_sampler(config: LossConfig, scheduler: DDPMScheduler) -> SchedulerMixin
     """
     if config.objective == "denoising":
         return scheduler
-    return LCMScheduler.from_config(scheduler.config, original_inference_steps=len(scheduler))
+    settings = {key: value for key, value in scheduler.config.items() if key != "variance_type"}  # LCM has none
+    return LCMScheduler.from_config(settings, original_inference_steps=len(scheduler))
 
 
 def make_objective(config: LossConfig, scheduler: DDPMScheduler) -> TrainingLoss:
