@@ -49,7 +49,14 @@ class Objective:
         self.vlb_weight = vlb_weight
 
     def __call__(
-        self, unet: nn.Module, x0: Tensor, t: Tensor, eps: Tensor, self_condition: bool = False, **conditions: Tensor
+        self,
+        unet: nn.Module,
+        x0: Tensor,
+        t: Tensor,
+        eps: Tensor,
+        self_condition: bool = False,
+        progress: float = 1.0,
+        **conditions: Tensor,
     ) -> Tensor:
         """Return the loss of each image, (B,).
 
@@ -60,6 +67,7 @@ class Objective:
             eps: the noise, shaped like x0.
             self_condition: whether to show the network its own estimate of x0, made without gradient (Analog Bits,
                 Algorithm 1).
+            progress: share of the run that is done, in [0, 1]; this loss does not depend on it.
             conditions: other arguments of the network, e.g. `class_labels` (B,).
         """
         channels, alpha_bar = x0.shape[1], self.scheduler.alpha_bar(t)

@@ -249,7 +249,8 @@ def stock_pipeline_samples(unet: ModelMixin, scheduler: SchedulerMixin) -> bool:
     learned_variance = config.out_channels != config.in_channels
     # our pipeline derives the noise of DDIM anew from a clipped x0, and the stock pipeline does not
     clips = scheduler.config.get("clip_sample") or scheduler.config.get("thresholding")
-    is_simple = name == "DDPMScheduler" or (name == "DDIMScheduler" and not learned_variance and not clips)
+    draws_alike = name == "LCMScheduler" or (name == "DDIMScheduler" and not clips)
+    is_simple = name == "DDPMScheduler" or (draws_alike and not learned_variance)
     return is_simple and not needs_more
 
 

@@ -89,6 +89,15 @@ SHARED = {
         {PIPELINE},
     ),
     "classes, stock network": (stock, {"num_class_embeds": 4}, DDPMScheduler(), WITH_CLASSES, {PIPELINE}),
+    "LCM, after consistency tuning": (
+        stock,
+        {},
+        diffusers.LCMScheduler.from_config(
+            DDPMScheduler(beta_schedule="cosine", prediction_type="v_prediction").config, original_inference_steps=1000
+        ),
+        {"num_inference_steps": 2},
+        set(),
+    ),
     "diffusers' Euler": (stock, {}, diffusers.EulerDiscreteScheduler(), {}, {PIPELINE}),
     "our network": (ours, {}, DDPMScheduler(prediction_type="sample"), {}, {NETWORK}),
     "our network, DDIM trailing": (

@@ -77,7 +77,7 @@ def make_card(
 
 
 def read_pipeline(pipeline: Path) -> dict[str, Any]:
-    """Read what the template shows of a pipeline folder: sizes, classes, timesteps, variant and code files.
+    """Read what the template shows of a pipeline folder: sizes, classes, timesteps, tuning, variant and code files.
 
     Raises:
         ValueError: where a config is missing or cannot be read.
@@ -94,6 +94,7 @@ def read_pipeline(pipeline: Path) -> dict[str, Any]:
         "channels": network["in_channels"],
         "num_classes": classes - (classes > 0 and network["_class_name"] == "UNet2DModel"),
         "timesteps": scheduler["num_train_timesteps"],
+        "few_steps": scheduler["_class_name"] == "LCMScheduler",
         "variant": None if None in variants else min(filter(None, variants), default=None),
         "code_files": [name for name in CODE_FILES if (pipeline / name).exists()],
     }
@@ -152,10 +153,10 @@ def read_held_out_loss(run: Run, pipeline: Path, recipe: dict[str, Any]) -> list
     held_out = [entry for entry in trained_entries(run, pipeline) if "held_out_loss" in entry]
     if not held_out or Run.width(pipeline) is not None:
         return []
-    protocol = (
-        f"{recipe['loss']} loss of {recipe['prediction_type']}, averaged weights after {held_out[-1]['step']} steps, "
-        f"{recipe['holdout']} images"
-    )
+    loss = f"{recipe['loss']} loss of {recipe['prediction_type']}"
+    if recipe.get("objective") == "consistency":
+        loss = "consistency loss of the last stage"
+    protocol = f"{loss}, averaged weights after {held_out[-1]['step']} steps, {recipe['holdout']} images"
     value = round(held_out[-1]["held_out_loss"], 5)
     return [{"type": "loss", "name": "held-out loss", "value": value, "protocol": protocol}]
 

@@ -89,6 +89,11 @@ class ModelConfig(Config):
 class LossConfig(Config):
     """Loss"""
 
+    objective: Literal["denoising", "consistency"] = "denoising"
+    """denoising, or consistency, which tunes a trained model to draw in 1 to 4 steps; loss, its weights and vlb_weight
+    are of denoising alone"""
+    consistency_stages: PositiveInt = 4
+    """how often the two timesteps that consistency compares come closer in a run"""
     loss: str = "l2"
     """how an error is measured: l1, l2 or huber"""
     loss_weight: str = "none"
@@ -224,6 +229,8 @@ class TrainConfig(DataConfig, ModelConfig, LossConfig, OptimConfig, MachineConfi
             raise ValueError("resume and overwrite contradict each other; choose one.")
         if self.budget is not None and "steps" in self.model_fields_set:
             raise ValueError(f"budget={self.budget!r} and steps={self.steps} contradict each other; give one of them.")
+        if self.objective == "consistency" and self.unet.get("self_condition"):
+            raise ValueError("objective='consistency' needs a network whose unet.self_condition is false.")
         return self
 
     def undecided(self) -> set[str]:

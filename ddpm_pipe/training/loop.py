@@ -23,7 +23,7 @@ from ddpm_pipe.training.interruption import Interrupted, Interruption
 from ddpm_pipe.training.launcher import follow_launcher, make_accelerator
 from ddpm_pipe.training.log import Log
 from ddpm_pipe.training.plan import announce, check_folder, print_changes
-from ddpm_pipe.training.recipe import cooldown_start, lr_at, make_objective, make_scheduler, make_unet
+from ddpm_pipe.training.recipe import cooldown_start, lr_at, make_objective, make_sampler, make_scheduler, make_unet
 from ddpm_pipe.training.report import write_report
 from ddpm_pipe.training.settling import settle
 from ddpm_pipe.training.start import find_source, start_from, take_over
@@ -135,7 +135,7 @@ def save(
     if snapping:
         state.snapshot(run, step)
     if saving:
-        run.save_pipeline(run.pipeline, DDPMPipeline(state.average.module, scheduler), step)
+        run.save_pipeline(run.pipeline, DDPMPipeline(state.average.module, make_sampler(config, scheduler)), step)
         state.save(run, step)  # last, so that where a checkpoint exists, the rest does too
 
 

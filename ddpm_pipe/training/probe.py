@@ -11,10 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddpm_pipe.data.memory import ImageData
 from ddpm_pipe.data.stream import ImageStream
 from ddpm_pipe.launch import from_main
-from ddpm_pipe.objective import Objective
 from ddpm_pipe.training.config import TrainConfig
 from ddpm_pipe.training.launcher import make_accelerator
-from ddpm_pipe.training.recipe import make_objective, make_scheduler, make_unet
+from ddpm_pipe.training.recipe import TrainingLoss, make_objective, make_scheduler, make_unet
 from ddpm_pipe.training.state import TrainState
 from ddpm_pipe.training.step import training_step
 from ddpm_pipe.training.validation import FAILURES, draw_grids
@@ -92,7 +91,7 @@ def flops_per_image(config: TrainConfig, data: ImageData | ImageStream) -> int:
     return counter.get_total_flops()
 
 
-def _showing_seconds(config: TrainConfig, state: TrainState, objective: Objective, held_out: int) -> float:
+def _showing_seconds(config: TrainConfig, state: TrainState, objective: TrainingLoss, held_out: int) -> float:
     """Return the seconds of grids and held-out loss, from grids of one sampling step; 0 where none can be drawn."""
     if not config.sample_every:
         return 0.0

@@ -4,11 +4,12 @@ import math
 from typing import Any, get_type_hints
 
 import torch
-from diffusers import ModelMixin
+from diffusers import LCMScheduler, ModelMixin, SchedulerMixin
 from pydantic import create_model
 
 from ddpm_pipe.checks import check_choice
 from ddpm_pipe.config import Config
+from ddpm_pipe.consistency import ConsistencyObjective
 from ddpm_pipe.data.memory import ImageData
 from ddpm_pipe.data.stream import ImageStream
 from ddpm_pipe.objective import Objective
@@ -16,6 +17,8 @@ from ddpm_pipe.pretrained import NETWORKS
 from ddpm_pipe.randomness import derive_seed
 from ddpm_pipe.schedulers import LEARNED_VARIANCES, DDPMScheduler
 from ddpm_pipe.training.config import LossConfig, ModelConfig, OptimConfig, TrainConfig
+
+TrainingLoss = Objective | ConsistencyObjective
 
 
 def lr_at(step: int, config: OptimConfig) -> float:
@@ -107,6 +110,20 @@ def make_scheduler(config: ModelConfig) -> DDPMScheduler:
     )
 
 
-def make_objective(config: LossConfig, scheduler: DDPMScheduler) -> Objective:
+def make_sampler(config: LossConfig, scheduler: DDPMScheduler) -> SchedulerMixin:
+    """Return the scheduler that the pipeline is saved with.
+
+    It is the one that adds noise in training or, after consistency tuning, one of diffusers that estimates x0 and adds
+    new noise in turn (Song et al. 2023, Algorithm 1), at any number of evenly spaced timesteps.
+    """
+    if config.objective == "denoising":
+        return scheduler
+    settings = {key: value for key, value in scheduler.config.items() if key != "variance_type"}  # LCM has none
+    return LCMScheduler.from_config(settings, original_inference_steps=len(scheduler))
+
+
+def make_objective(config: LossConfig, scheduler: DDPMScheduler) -> TrainingLoss:
     """Build the training loss."""
+    if config.objective == "consistency":
+        return ConsistencyObjective(scheduler, config.consistency_stages)
     return Objective(scheduler, config.loss, config.loss_weight, config.loss_gamma, config.loss_k, config.vlb_weight)

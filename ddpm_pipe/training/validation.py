@@ -12,7 +12,6 @@ from torch import Tensor
 from ddpm_pipe.data.images import to_unit_range
 from ddpm_pipe.data.memory import ImageData
 from ddpm_pipe.launch import to_device
-from ddpm_pipe.objective import Objective
 from ddpm_pipe.pipeline import null_class
 from ddpm_pipe.pretrained import DDPMPipeline
 from ddpm_pipe.randomness import generator
@@ -20,10 +19,13 @@ from ddpm_pipe.run.files import whole_file
 from ddpm_pipe.schedulers import DDIMScheduler
 from ddpm_pipe.training.config import TrainConfig
 from ddpm_pipe.training.log import Log, mean_by_timestep, named_means
+from ddpm_pipe.training.recipe import TrainingLoss, make_sampler
 from ddpm_pipe.training.state import TrainState
 
 FAILURES = (ValueError, RuntimeError, MemoryError, OSError)
 """What a grid that cannot be drawn raises; torch out of memory is a RuntimeError."""
+FEW_STEPS = (1, 2, 4)
+"""Numbers of steps in which a grid shows a model that is tuned for few."""
 
 
 class Validation:
@@ -38,7 +40,7 @@ class Validation:
         log: the log that records the loss, and whose run folder receives the grids.
     """
 
-    def __init__(self, config: TrainConfig, objective: Objective, held_out: ImageData, log: Log):
+    def __init__(self, config: TrainConfig, objective: TrainingLoss, held_out: ImageData, log: Log):
         self.config, self.objective, self.held_out, self.log = config, objective, held_out, log
 
     def show(self, state: TrainState, step: int) -> None:
@@ -75,7 +77,7 @@ class Validation:
         self.log.show(step, grids)
 
 
-def draw_grids(config: TrainConfig, state: TrainState, objective: Objective) -> dict[str, Image.Image]:
+def draw_grids(config: TrainConfig, state: TrainState, objective: TrainingLoss) -> dict[str, Image.Image]:
     """Draw sample grids of the averaged and of the raw network."""
     average = sample_grid(config, DDPMPipeline(state.average.module, objective.scheduler))
     unet = state.accelerator.unwrap_model(state.unet)
@@ -88,7 +90,7 @@ def draw_grids(config: TrainConfig, state: TrainState, objective: Objective) -> 
 
 @torch.no_grad()
 def held_out_sums(
-    config: TrainConfig, unet: ModelMixin, objective: Objective, data: ImageData, device: torch.device
+    config: TrainConfig, unet: ModelMixin, objective: TrainingLoss, data: ImageData, device: torch.device
 ) -> Tensor:
     """Return the sums and counts of the losses on held-out images by timestep, as `mean_by_timestep` does.
 
@@ -102,24 +104,29 @@ def held_out_sums(
         x0 = to_unit_range(to_device(images, device))
         eps = to_device(torch.randn(images.shape, generator=draw), device)
         conditions = {} if labels is None else {"class_labels": to_device(labels, device)}
-        losses.append(objective(unet, x0, t_of_rows, eps, False, **conditions))
+        losses.append(objective(unet, x0, t_of_rows, eps, False, 1.0, **conditions))
     return mean_by_timestep(t, torch.cat(losses), config.num_train_timesteps)
 
 
 def sample_grid(config: TrainConfig, pipeline: DDPMPipeline) -> Image.Image:
-    """Draw a grid with DDIM from the same noise each time; with classes, the grid has one column per class."""
+    """Draw a grid from the same noise each time; with classes, the grid has one column per class.
+
+    DDIM draws it in `sample_steps` steps. After consistency tuning, the saved sampler draws the same rows in 1, 2 and
+    4 steps, one below the other.
+    """
     unet, count = pipeline.unet, config.num_samples
     options: dict[str, Any] = {}
     columns = math.ceil(math.sqrt(count))
     sampler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
-    pipeline = DDPMPipeline(unet, sampler)
+    few = config.objective == "consistency"
+    pipeline = DDPMPipeline(unet, make_sampler(config, pipeline.scheduler) if few else sampler)
     pipeline.set_progress_bar_config(disable=True)
     classes = null_class(unet)
     if config.class_conditional and classes is not None:
         columns = min(classes, count)
         options = {"class_labels": torch.arange(count) % classes, "guidance_scale": config.guidance_scale}
-    noise = generator(config.seed, "sample")
-    (images,) = pipeline(count, noise, config.sample_steps, **options, return_dict=False)
-    rows = math.ceil(count / columns)
-    blank = [images[0].point(lambda _: 0)] * (rows * columns - count)
-    return make_image_grid(images + blank, rows, columns)
+    rows, drawn = math.ceil(count / columns), []
+    for steps in FEW_STEPS if few else (config.sample_steps,):
+        (images,) = pipeline(count, generator(config.seed, "sample"), steps, **options, return_dict=False)
+        drawn += images + [images[0].point(lambda _: 0)] * (rows * columns - count)
+    return make_image_grid(drawn, len(drawn) // columns, columns)
