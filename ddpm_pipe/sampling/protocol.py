@@ -1,7 +1,6 @@
 """Sample a model with any scheduler and one seed per image, and record in a protocol how it was sampled."""
 
 import hashlib
-import inspect
 import json
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -18,7 +17,8 @@ from torch import Tensor
 from ddpm_pipe.checks import check_choice
 from ddpm_pipe.compatibility import check_scheduler
 from ddpm_pipe.pipeline import null_class
-from ddpm_pipe.pretrained import SAMPLERS, DDPMPipeline
+from ddpm_pipe.pretrained import DDPMPipeline
+from ddpm_pipe.samplers import OWN_SCHEDULERS, Sampler, accepted_keys
 from ddpm_pipe.sampling.config import SCHEDULERS, SampleConfig
 from ddpm_pipe.sharing.privacy import shared_name
 from ddpm_pipe.weights import weights_sha256
@@ -132,8 +132,8 @@ def plug_in(own: SchedulerMixin, name: str | None, options: dict[str, Any], fewe
             with `own`.
     """
     class_name, implied = (type(own).__name__, {}) if name is None else SCHEDULERS[name]
-    cls = type(own) if name is None else SAMPLERS.get(class_name) or getattr(diffusers, class_name)
-    accepted = [key for key in inspect.signature(cls.__init__).parameters if key not in ("self", "kwargs")]
+    cls = type(own) if name is None else OWN_SCHEDULERS.get(class_name) or getattr(diffusers, class_name)
+    accepted = accepted_keys(cls)
     for key in options:
         check_choice("scheduler_options", key, accepted)
     if name is not None and fewer and "timestep_spacing" in accepted:
@@ -149,8 +149,8 @@ def plug_in(own: SchedulerMixin, name: str | None, options: dict[str, Any], fewe
 def protocol(config: SampleConfig, pipeline: DDPMPipeline) -> dict[str, Any]:
     """Return everything that determines the images, as JSON values: the model, its scheduler, and how it is sampled.
 
-    If the scheduler's config lists its betas, the protocol holds their checksum instead; it holds infinite numbers as
-    text.
+    It names timesteps only where the pipeline carries them for this sampler. If the scheduler's config lists its betas,
+    the protocol holds their checksum instead; it holds infinite numbers as text.
     """
     scheduler = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
     if scheduler.get("trained_betas") is not None:
@@ -170,7 +170,28 @@ def protocol(config: SampleConfig, pipeline: DDPMPipeline) -> dict[str, Any]:
         "dtype": config.dtype,
         "versions": {name: version(name) for name in ("ddpm_pipe", "torch", "diffusers")},
     }
+    timesteps = learned_timesteps(config, pipeline)
+    entries |= {} if timesteps is None else {"timesteps": timesteps}
     return json.loads(json.dumps(entries), parse_constant=str)
+
+
+def learned_timesteps(config: SampleConfig, pipeline: DDPMPipeline) -> list[int] | None:
+    """Return the timesteps that the pipeline carries for the sampler of the config; None where it carries none."""
+    return pipeline.learned_timesteps(config.steps, config.class_labels is not None, config.guidance_scale, config.eta)
+
+
+def sampler_of(config: SampleConfig, pipeline: DDPMPipeline, timesteps: list[int] | None, how: str) -> Sampler:
+    """Describe the sampler of the config, which the pipeline has, and how it was found."""
+    return Sampler.of(
+        pipeline.scheduler,
+        pipeline.own_scheduler,
+        steps=config.steps or pipeline.scheduler.config.num_train_timesteps,
+        timesteps=timesteps,
+        eta=config.eta,
+        guidance_scale=config.guidance_scale,
+        class_labels=config.class_labels,
+        protocol=how,
+    )
 
 
 def _shortened(cycle: list[int]) -> str:
