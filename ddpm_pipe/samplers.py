@@ -12,6 +12,7 @@ import diffusers
 from diffusers import ConfigMixin, SchedulerMixin
 from pydantic import Field
 
+from ddpm_pipe.checks import check_choice
 from ddpm_pipe.config import Config, Float, Int, PositiveInt
 from ddpm_pipe.run.files import replace_text, sha256
 from ddpm_pipe.schedulers import DDIMScheduler, DDPMScheduler
@@ -34,13 +35,27 @@ def accepted_keys(cls: type[SchedulerMixin]) -> list[str]:
     return [key for key in inspect.signature(cls.__init__).parameters if key not in ("self", "kwargs")]
 
 
+def make_scheduler(cls: type[SchedulerMixin], own: SchedulerMixin, options: dict[str, Any]) -> SchedulerMixin:
+    """Make a scheduler from a model's own one; `options` are config keys that differ.
+
+    Raises:
+        ValueError: where the class does not take the options.
+    """
+    for key in options:
+        check_choice("scheduler_options", key, accepted_keys(cls))
+    try:
+        return cls.from_config(own.config, **options)
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        raise ValueError(f"scheduler_options={json.dumps(options)} do not suit {cls.__name__}: {error}") from error
+
+
 def settings(scheduler: SchedulerMixin) -> dict[str, Any]:
     """Return the config of a scheduler without its list of betas, which `check_scheduler` compares."""
     return {key: scheduler.config[key] for key in accepted_keys(type(scheduler)) if key != "trained_betas"}
 
 
 class Sampler(Config):
-    """Sampler"""
+    """A scheduler and how the pipeline is called with it"""
 
     scheduler: str
     """class of the scheduler"""
@@ -75,11 +90,7 @@ class Sampler(Config):
         found = scheduler_class(self.scheduler)
         if found is None:
             raise ValueError(f"scheduler={self.scheduler!r} is none of this package or of diffusers here.")
-        try:
-            return found.from_config(own.config, **self.scheduler_options)
-        except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-            options = json.dumps(self.scheduler_options)
-            raise ValueError(f"scheduler_options={options} do not suit {self.scheduler}: {error}") from error
+        return make_scheduler(found, own, self.scheduler_options)
 
     def call_options(self) -> dict[str, Any]:
         """Return the keywords of the pipeline's call, without labels."""

@@ -125,7 +125,7 @@ def test_where_nothing_better_is_found_the_default_is_kept(own, capsys):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"steps": None}, "steps must be given"),
+        ({"steps": None}, "steps=None must be a valid integer"),
         ({"scheduler": None}, "scheduler=DDPMScheduler with eta=0 draws noise in its steps"),
         ({"eta": 0.5}, "scheduler=DDIMScheduler with eta=0.5 draws noise in its steps"),
         ({"scheduler": "dpm++sde"}, "scheduler=DPMSolverMultistepScheduler with eta=0 draws noise"),
@@ -231,10 +231,17 @@ def test_a_damaged_file_is_one_sentence(own, text):
         DDPMPipeline.from_pretrained(own)
 
 
-def test_a_scheduler_that_does_not_exist_here_is_one_sentence(own):
-    recommended = sampler(scheduler="DiffusionPipeline", protocol="x")
-    Samplers(unet_sha256=weights_sha256(own), recommended=recommended).write(own)
-    with one_sentence(match="scheduler='DiffusionPipeline' is none of this package or of diffusers"):
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"scheduler": "DiffusionPipeline"}, "scheduler='DiffusionPipeline' is none of this package or of diffusers"),
+        ({"scheduler_options": {"return_unused_kwargs": True}}, "scheduler_options='return_unused_kwargs' is unknown"),
+    ],
+    ids=str,
+)
+def test_a_scheduler_that_cannot_be_made_is_one_sentence(own, changes, told):
+    Samplers(unet_sha256=weights_sha256(own), recommended=sampler(**changes)).write(own)
+    with one_sentence(match=told):
         DDPMPipeline.from_pretrained(own).use_recommended_sampler()
 
 

@@ -100,16 +100,12 @@ class GenerateConfig(SampleConfig):
 class TimestepsConfig(SampleConfig):
     """Search"""
 
+    steps: PositiveInt
+    """number of timesteps that are searched"""
     reference_steps: PositiveInt = 100
     """number of steps of DPM-Solver++ (dpm++) for the solution that the few steps are to come close to"""
     num_images: PositiveInt = 64
     """number of images that the search compares, and of others on which its result is checked"""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.steps is None:
-            raise ValueError("steps must be given: the number of timesteps that are searched.")
-        return self
 
 
 def parse_seeds(text: str) -> list[int]:

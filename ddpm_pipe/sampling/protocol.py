@@ -14,11 +14,10 @@ from diffusers import ModelMixin, SchedulerMixin
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 
-from ddpm_pipe.checks import check_choice
 from ddpm_pipe.compatibility import check_scheduler
 from ddpm_pipe.pipeline import null_class
 from ddpm_pipe.pretrained import DDPMPipeline
-from ddpm_pipe.samplers import OWN_SCHEDULERS, Sampler, accepted_keys
+from ddpm_pipe.samplers import OWN_SCHEDULERS, Sampler, accepted_keys, make_scheduler
 from ddpm_pipe.sampling.config import SCHEDULERS, SampleConfig
 from ddpm_pipe.sharing.privacy import shared_name
 from ddpm_pipe.weights import weights_sha256
@@ -133,15 +132,9 @@ def plug_in(own: SchedulerMixin, name: str | None, options: dict[str, Any], fewe
     """
     class_name, implied = (type(own).__name__, {}) if name is None else SCHEDULERS[name]
     cls = type(own) if name is None else OWN_SCHEDULERS.get(class_name) or getattr(diffusers, class_name)
-    accepted = accepted_keys(cls)
-    for key in options:
-        check_choice("scheduler_options", key, accepted)
-    if name is not None and fewer and "timestep_spacing" in accepted:
+    if name is not None and fewer and "timestep_spacing" in accepted_keys(cls):
         implied = implied | {"timestep_spacing": "trailing"}
-    try:
-        scheduler = cls.from_config(own.config, **(implied | options))
-    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        raise ValueError(f"scheduler_options={json.dumps(options)} do not suit {class_name}: {error}") from error
+    scheduler = make_scheduler(cls, own, implied | options)
     check_scheduler(scheduler, own)
     return scheduler
 

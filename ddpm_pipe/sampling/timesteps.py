@@ -155,7 +155,7 @@ def search(pipeline: DDPMPipeline, config: TimestepsConfig) -> tuple[list[int], 
         ValueError: where the scheduler takes no timesteps or draws noise.
     """
     check_deterministic(pipeline, config)
-    start = even_timesteps(pipeline, config.steps or 0)
+    start = even_timesteps(pipeline, config.steps)
     seeds, count = range(FIRST_SEED, FIRST_SEED + 2 * config.num_images), config.num_images
     searched, held_out = (solve(pipeline, config, list(part)) for part in (seeds[:count], seeds[count:]))
     with tqdm(desc=f"{len(start)} timesteps", unit=" trials") as bar:
@@ -167,4 +167,4 @@ def search(pipeline: DDPMPipeline, config: TimestepsConfig) -> tuple[list[int], 
             return value
 
         found = pattern_search(error, start, pipeline.scheduler.config.num_train_timesteps)
-    return found, held_out.rmse(num_inference_steps=config.steps or 0), held_out.rmse(timesteps=found)
+    return found, held_out.rmse(num_inference_steps=config.steps), held_out.rmse(timesteps=found)
