@@ -1,4 +1,4 @@
-"""The commands `ddpm-pipe train | generate | evaluate | average | push | convert`.
+"""The commands `ddpm-pipe train | generate | timesteps | evaluate | average | push | convert`.
 
 Each command is a config and a function that takes it. Modules that need torch are imported only when a command runs,
 so that `--help` answers at once.
@@ -27,6 +27,9 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("training.config:TrainConfig", "training.loop:train", "train a model on images"),
     "generate": Command("sampling.config:GenerateConfig", "sampling.generate:generate", "draw images into a folder"),
+    "timesteps": Command(
+        "sampling.config:TimestepsConfig", "sampling.timesteps:learn_timesteps", "search the timesteps of few steps"
+    ),
     "evaluate": Command(
         "evaluation.config:EvaluateConfig", "evaluation.evaluate:evaluate", "measure how good a model is"
     ),

@@ -101,9 +101,13 @@ class Config(BaseModel):
 
     @classmethod
     def sections(cls) -> dict[str, list[str]]:
-        """Return heading -> names of fields. Each class that a config inherits from is a section of its file."""
+        """Return heading -> names of fields. Each class that a config inherits from is a section of its file.
+
+        A field that a subclass declares anew is in the section of the subclass.
+        """
         classes = [each for each in cls.__mro__ if issubclass(each, Config) and each is not Config]
-        names = {each: [name for name in each.__annotations__ if name in cls.model_fields] for each in classes}
+        owners = {name: each for each in reversed(classes) for name in each.__annotations__ if name in cls.model_fields}
+        names = {each: [name for name, owner in owners.items() if owner is each] for each in classes}
         return {(each.__doc__ or "").partition("\n")[0]: fields for each, fields in names.items() if fields}
 
     @classmethod

@@ -5,6 +5,7 @@ This file and the modules that it imports travel with shared checkpoints that th
 
 import inspect
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
@@ -38,6 +39,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
 
     Attributes:
         own_scheduler: the scheduler given here; it says what the network was trained for, whatever is plugged in later.
+        samplers: timesteps that were searched for few steps, which `DDPMPipeline` loads; None where there are none.
     """
 
     model_cpu_offload_seq = "unet"
@@ -47,6 +49,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self.own_scheduler = scheduler
+        self.samplers: Any = None
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **components):
@@ -57,6 +60,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         made = cls(**pipeline.components | components)
         if "unet" not in components:
             made.own_scheduler = getattr(pipeline, "own_scheduler", pipeline.scheduler)
+            made.samplers = getattr(pipeline, "samplers", None)
         return made
 
     @torch.no_grad()
@@ -81,7 +85,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         Args:
             batch_size: number of images B; None takes that of `sample`, or 1.
             generator: source of all noise; with a list of one per image, each image depends on its own alone.
-            num_inference_steps: 1 to T; None takes all T timesteps of the training chain.
+            num_inference_steps: 1 to T; None takes all T timesteps of the training chain. A number for which `samplers`
+                has timesteps, with this scheduler, guidance, and labels or none, takes those.
             eta: noise of DDIM, 0 to 1; only for schedulers whose `step` takes it.
             use_clipped_model_output: derive the noise anew from the clipped x0; DDIM only. None does so where
                 possible, since what was clipped off x0 would stay in the noise; False is what diffusers does.
@@ -109,6 +114,9 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         denoise, step_options = self._conditions(
             batch_size, generator, class_labels, guidance_scale, eta, use_clipped_model_output
         )
+        if timesteps is None:
+            timesteps = self.learned_timesteps(num_inference_steps, class_labels is not None, guidance_scale, eta)
+            num_inference_steps = num_inference_steps if timesteps is None else None
         chosen = self._choose_timesteps(num_inference_steps, timesteps)
         sample = self._initial_noise(batch_size, generator, sample) * self.scheduler.init_noise_sigma
         callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -196,6 +204,13 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             raise ValueError(
                 f"generator is a list of {len(generators)} for batch_size={batch_size}; give one per image."
             )
+
+    def learned_timesteps(
+        self, num_inference_steps: int | None, has_labels: bool, guidance_scale: float = 1.0, eta: float = 0.0
+    ) -> list[int] | None:
+        """Return the timesteps that `samplers` has for a call with this scheduler; None where it has none."""
+        conditions = (num_inference_steps, eta, guidance_scale, has_labels)
+        return self.samplers and self.samplers.timesteps_for(self.scheduler, self.own_scheduler, conditions)
 
     def _choose_timesteps(self, num_inference_steps: int | None, timesteps: Sequence[int] | None = None) -> Tensor:
         """Set the scheduler's timesteps and return them: as given, or so many, all T of the training chain for None.

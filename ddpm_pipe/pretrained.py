@@ -11,24 +11,34 @@ import tempfile
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-import diffusers
 import torch
-from diffusers import ConfigMixin, ModelMixin, SchedulerMixin, UNet2DModel
+from diffusers import ModelMixin, SchedulerMixin, UNet2DModel
 from diffusers.utils.torch_utils import get_device
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from ddpm_pipe import checks, compatibility, noise, pipeline, prediction, schedulers, unet
 from ddpm_pipe.pipeline import PixelDiffusionPipeline
-from ddpm_pipe.schedulers import DDIMScheduler, DDPMScheduler
+from ddpm_pipe.samplers import OWN_SCHEDULERS, Samplers, read_samplers, scheduler_class
+from ddpm_pipe.schedulers import DDPMScheduler
 from ddpm_pipe.sharing.card import make_card
 from ddpm_pipe.sharing.upload import stage_pipeline, upload
 from ddpm_pipe.unet import DDPMUNet2DModel
-from ddpm_pipe.weights import CODE, STEM, from_config, load_network, part_folder, read_json, weight_files, why_none
+from ddpm_pipe.weights import (
+    CODE,
+    SAMPLERS_FILE,
+    STEM,
+    from_config,
+    load_network,
+    part_folder,
+    read_json,
+    weight_files,
+    why_none,
+)
 
 NETWORKS: dict[str, type[ModelMixin]] = {cls.__name__: cls for cls in (DDPMUNet2DModel, UNet2DModel)}
-SAMPLERS = {cls.__name__: cls for cls in (DDPMScheduler, DDIMScheduler)}
 
 LIBRARIES = {"diffusers", DDPMUNet2DModel.__module__, DDPMScheduler.__module__} | {
     f"{prefix}{name}" for name in CODE.values() for prefix in ("", "diffusers_modules.local.")
@@ -55,7 +65,13 @@ class DDPMPipeline(PixelDiffusionPipeline):
     Args:
         unet: a `DDPMUNet2DModel` or a `diffusers.UNet2DModel`.
         scheduler: of this package or of diffusers; its `prediction_type` says what the network predicts.
+
+    Attributes:
+        samplers: the samplers that were found for these weights, or None. Where there are timesteps for the scheduler,
+            the number of steps and the conditions of a call, the call takes them; set it to None and it does not.
     """
+
+    samplers: Samplers | None
 
     @classmethod
     def from_pretrained(
@@ -111,13 +127,15 @@ class DDPMPipeline(PixelDiffusionPipeline):
                 folder = Path(cls.download(str(source), unet=unet, variant=variant, **hub_options))
             except HFValidationError as error:
                 raise ValueError(f"{str(source)!r} is neither a folder here nor the id of a repository.") from error
-        network_class, scheduler_class = read_index(folder)
+        network_class, own_class = read_index(folder)
+        samplers = read_samplers(folder, variant) if unet is None else None
         if unet is None:
             precision = _precision(torch_dtype if dtype is None else dtype)
             unet = load_network(network_class, part_folder(folder, "unet"), variant, precision).to(_device(device_map))
         if scheduler is None:
-            scheduler = from_config(scheduler_class, part_folder(folder, "scheduler") / scheduler_class.config_name)
+            scheduler = from_config(own_class, part_folder(folder, "scheduler") / own_class.config_name)
         loaded = cls(unet, scheduler)
+        loaded.samplers = samplers
         loaded.register_to_config(_name_or_path=str(source))
         return loaded
 
@@ -158,6 +176,7 @@ class DDPMPipeline(PixelDiffusionPipeline):
         self,
         save_directory: str | PathLike,
         safe_serialization: bool = True,
+        variant: str | None = None,
         *args,
         push_to_hub: bool = False,
         **kwargs,
@@ -172,7 +191,26 @@ class DDPMPipeline(PixelDiffusionPipeline):
             raise ValueError("safe_serialization=False writes pickles, which from_pretrained does not load; leave it.")
         if push_to_hub:
             raise ValueError("save_pretrained takes no push_to_hub=True; call push_to_hub(repo_id) of the pipeline.")
-        super().save_pretrained(save_directory, safe_serialization, *args, **kwargs)
+        super().save_pretrained(save_directory, safe_serialization, variant, *args, **kwargs)
+        folder = Path(save_directory)
+        (folder / SAMPLERS_FILE).unlink(missing_ok=True)  # an earlier save may have left it
+        if self.samplers is not None and self.samplers.fit(folder, variant):
+            self.samplers.write(folder)
+
+    def use_recommended_sampler(self) -> dict[str, Any]:
+        """Plug in the scheduler that `ddpm-pipe evaluate --sweep` found to be the best for its cost.
+
+        Returns:
+            The keywords of a call with that sampler: `pipeline(batch_size=16, **options)`. They are num_inference_steps
+            or timesteps and, where they are not the defaults, eta and guidance_scale; class labels are yours.
+
+        Raises:
+            ValueError: where the pipeline carries no such sampler.
+        """
+        if self.samplers is None or self.samplers.recommended is None:
+            raise ValueError("this pipeline carries no recommended sampler; ddpm-pipe evaluate --sweep finds one.")
+        self.scheduler = self.samplers.recommended.make_scheduler(self.own_scheduler)
+        return self.samplers.recommended.call_options()
 
     def save_config(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """Write model_index.json and, beside it, the code that diffusers needs. `save_pretrained` calls this."""
@@ -183,7 +221,7 @@ class DDPMPipeline(PixelDiffusionPipeline):
         index["_class_name"] = DDPMPipeline.__name__
         if isinstance(self.unet, DDPMUNet2DModel):
             index["unet"][0], sources["unet"] = CODE["unet"], [unet]
-        if isinstance(self.scheduler, tuple(SAMPLERS.values())):
+        if isinstance(self.scheduler, tuple(OWN_SCHEDULERS.values())):
             if is_faithful(self.scheduler):
                 index["scheduler"][0] = "diffusers"
             else:
@@ -300,11 +338,8 @@ def read_index(folder: Path) -> tuple[type[ModelMixin], type[SchedulerMixin]]:
 
 
 def _scheduler_class(file: Path, library: str, name: str) -> type[SchedulerMixin]:
-    if library in LIBRARIES and name in SAMPLERS:
-        return SAMPLERS[name]
-    is_public = library == "diffusers" and name.endswith("Scheduler")
-    found = getattr(diffusers.schedulers, name, None) if is_public else None
-    if isinstance(found, type) and issubclass(found, SchedulerMixin) and issubclass(found, ConfigMixin):
+    found = scheduler_class(name)
+    if found is not None and library in (LIBRARIES if name in OWN_SCHEDULERS else {"diffusers"}):
         return found
     raise ValueError(
         f"{file} has a scheduler {name} of {library}; schedulers are those that diffusers has here and this package's."

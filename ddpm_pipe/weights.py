@@ -28,7 +28,10 @@ CODE = {"unet": CODE_FILE, "scheduler": "ddpm_schedulers", "pipeline": "ddpm_pip
 """Names of the code files, without suffix. diffusers looks for `<component>/<name>.py`, and at the root for the
 pipeline's."""
 
-CONFIGS = ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json"]
+SAMPLERS_FILE = "samplers.json"
+"""The file of the samplers that were found for the weights; diffusers does not read it."""
+
+CONFIGS = ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json", SAMPLERS_FILE]
 WEIGHTS = [f"unet/{STEM}*.safetensors", f"unet/{STEM}*.safetensors.index*.json"]
 CODE_FILES = [f"{name}.py" if part == "pipeline" else f"{part}/{name}.py" for part, name in CODE.items()]
 """These three lists are patterns of all files that `save_pretrained` writes into a pipeline folder."""

@@ -14,7 +14,7 @@ from ddpm_pipe.cli import PRESETS
 from ddpm_pipe.config import Config, make_parser, parse
 from ddpm_pipe.convert.config import ConvertConfig
 from ddpm_pipe.evaluation.config import EvaluateConfig
-from ddpm_pipe.sampling.config import ALIASES, GenerateConfig
+from ddpm_pipe.sampling.config import ALIASES, GenerateConfig, TimestepsConfig
 from ddpm_pipe.sharing.config import PushConfig
 from ddpm_pipe.training.config import AverageConfig, TrainConfig
 
@@ -123,6 +123,7 @@ WRONG_ENTRIES = [
 NEEDED = {
     TrainConfig: {"data": "x"},
     GenerateConfig: {"model": "x"},
+    TimestepsConfig: {"model": "x", "steps": 4},
     EvaluateConfig: {"model": "x", "data": "x"},
     PushConfig: {"run": "x", "repo": "x/y"},
     ConvertConfig: {"source": "x", "output_dir": "y"},

@@ -26,6 +26,7 @@ from ddpm_pipe.evaluation.results import Metric, Point, Results
 from ddpm_pipe.likelihood import variational_bound
 from ddpm_pipe.run.files import replace_folder
 from ddpm_pipe.run.folder import Run
+from ddpm_pipe.samplers import Sampler, read_samplers
 from ddpm_pipe.sharing.card import make_card
 
 DATA = str(REPO / "examples" / "fashion_mnist")
@@ -216,6 +217,22 @@ def test_of_a_sweep_over_models_each_card_shows_its_own(evaluated, own_run):
     assert "FID-20 of feature_network.pt" not in shown(own_run, "pipeline")
 
 
+def test_the_best_sampler_of_a_sweep_for_its_cost_is_kept_and_recommended(evaluated, own_run, capsys):
+    folder = own_run / "pipeline"
+    sweep = ("--scheduler", "dpm++", "--class_labels", "balanced", "--sweep", "steps=2,4", "guidance_scale=1,2")
+    points = json.loads(evaluated("pipeline", *sweep).read_text())["points"]
+    assert [point["network_calls"] for point in points] == [2, 4, 4, 8]
+    recommended = read_samplers(folder).recommended
+    assert f"recommended for {folder}: DPMSolverMultistepScheduler" in capsys.readouterr().out
+    assert recommended.scheduler_options == {"timestep_spacing": "trailing"} and recommended.class_labels == "balanced"
+    pipeline = DDPMPipeline.from_pretrained(folder)
+    images = pipeline(batch_size=2, class_labels=0, **pipeline.use_recommended_sampler()).images
+    assert len(images) == 2 and len(pipeline.scheduler.timesteps) == recommended.steps
+    assert recommended.protocol in make_card(Run(own_run), folder, "org/mine").text
+    evaluated()  # without a sweep there is nothing to choose from
+    assert read_samplers(folder).recommended == recommended
+
+
 @pytest.mark.parametrize(
     "content", ["", '{"metrics": [', "[]", "{}", '{"metrics": 3}', '{"metrics": [{"value": NaN}], "sampling": {}}']
 )
@@ -376,7 +393,8 @@ def test_no_number_that_is_written_is_infinite(measure, tmp_path):
 
 def results_of(point: list[Metric], others: list[Metric]) -> Results:
     """What one setting, and the rest, were measured to be."""
-    return Results(Path("m"), {}, {}, [Point(Path("m"), {}, {}, 0.0, point)], others)
+    sampler = Sampler(scheduler="DDPMScheduler", steps=1, protocol="")
+    return Results(Path("m"), {}, {}, [Point(Path("m"), {}, {}, sampler, 1, 0.0, point)], others)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

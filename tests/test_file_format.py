@@ -115,14 +115,15 @@ ROOMS: dict[str, set[str]] = {
     "run": {"config"},
     "weights": {"method", "run"},
     "data": {"launch", "randomness", "run"},
-    "sharing": {"config", "run", "weights"},
-    "pretrained": {"method", "weights", "sharing"},
+    "samplers": {"method", "config", "run", "weights"},
+    "sharing": {"config", "run", "weights", "samplers"},
+    "pretrained": {"method", "weights", "samplers", "sharing"},
     "editing": {"method", "data", "pretrained"},
-    "sampling": {"method", "config", "launch", "run", "weights", "pretrained", "sharing"},
+    "sampling": {"method", "config", "launch", "run", "weights", "samplers", "pretrained", "sharing"},
     "training": {"method", "config", "launch", "randomness", "run", "data", "weights", "pretrained", "sharing"},
     "evaluation": {"method", "config", "randomness", "launch", "run", "data", "weights", "pretrained", "sampling"}
-    | {"sharing"},
-    "convert": {"method", "config", "run", "weights", "pretrained"},
+    | {"samplers", "sharing"},
+    "convert": {"method", "config", "run", "weights", "samplers", "pretrained"},
     "cli": {"config", "__init__"},
 }
 """Room or module -> where it may import from, besides itself. The command line loads what it runs by name."""

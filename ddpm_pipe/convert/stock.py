@@ -9,7 +9,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from ddpm_pipe.pretrained import SAMPLERS, DDPMPipeline, read_index
+from ddpm_pipe.pretrained import DDPMPipeline, read_index
+from ddpm_pipe.samplers import OWN_SCHEDULERS
 from ddpm_pipe.weights import STEM, from_config, load_network, part_folder, weight_files
 
 
@@ -48,9 +49,10 @@ def pipeline(source: str) -> DDPMPipeline:
     """
     folder = Path(source) if Path(source).is_dir() else _fetch(source)
     network_class, scheduler_class = read_index(folder)
-    if scheduler_class not in SAMPLERS.values():
+    if scheduler_class not in OWN_SCHEDULERS.values():
         raise ValueError(
-            f"source={source!r} has a {scheduler_class.__name__}; with {' or '.join(SAMPLERS)} it can be converted."
+            f"source={source!r} has a {scheduler_class.__name__}; with {' or '.join(OWN_SCHEDULERS)} it can be "
+            "converted."
         )
     part = part_folder(folder, "unet")
     suffix = "bin" if weight_files(part, suffix="bin") and not weight_files(part) else "safetensors"

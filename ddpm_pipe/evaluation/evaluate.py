@@ -27,8 +27,16 @@ from ddpm_pipe.launch import processes
 from ddpm_pipe.pipeline import PixelDiffusionPipeline
 from ddpm_pipe.run.files import replace_text
 from ddpm_pipe.run.folder import EVALUATION
+from ddpm_pipe.samplers import Sampler, Samplers, read_samplers
 from ddpm_pipe.sampling.config import SampleConfig
-from ddpm_pipe.sampling.protocol import pipeline_for, protocol, sample_images, try_out
+from ddpm_pipe.sampling.protocol import (
+    learned_timesteps,
+    pipeline_for,
+    protocol,
+    sample_images,
+    sampler_of,
+    try_out,
+)
 from ddpm_pipe.sharing.privacy import shared_name
 from ddpm_pipe.weights import weights_sha256
 
@@ -156,7 +164,17 @@ def write(results: Results, folders: dict[Path, Path], neighbours: Image.Image |
         results.draw_sweep(folder / "sweep.png")
     for model, place in folders.items():
         replace_text(place / EVALUATION, json.dumps(results.of(model), indent=2, allow_nan=False) + "\n")
+        recommended = results.recommended(model)
+        if recommended is not None and place == model:
+            keep_recommended(model, recommended)
     print(results.table())
+
+
+def keep_recommended(model: Path, sampler: Sampler) -> None:
+    """Keep the sampler of a sweep that is the best for its cost in the pipeline folder, and print it."""
+    samplers = read_samplers(model) or Samplers(unet_sha256=weights_sha256(model))
+    samplers.replace(recommended=sampler).write(model)
+    print(f"recommended for {model}: {sampler.scheduler}, {sampler.steps} steps ({sampler.protocol})")
 
 
 # ---------------------------------------------------------------- real images
@@ -248,18 +266,21 @@ def measure_samples(
     start = time.perf_counter()
     features, logits = extract(network, images, len(seeds), config.batch_size)
     seconds = (time.perf_counter() - start) * state.num_processes / len(seeds)
+    network_calls = len(pipeline.scheduler.timesteps) * (1 if config.guidance_scale == 1 else 2)
     details = f"{network.name}; {describe_sampler(config, pipeline)}, seeds {config.described_seeds}"
     metrics = evaluate_features(features, reference, logits, details, network.file_name)
     settings = subject.settings
     if "model" in settings:
         settings = settings | {"model": shared_name(config.model)}
-    return Point(subject.model, settings, subject.sampling, seconds, metrics)
+    sampler = sampler_of(config, pipeline, learned_timesteps(config, pipeline), details)
+    return Point(subject.model, settings, subject.sampling, sampler, network_calls, seconds, metrics)
 
 
 def describe_sampler(config: SampleConfig, pipeline: PixelDiffusionPipeline) -> str:
     """Describe the sampler in a few words, for a protocol."""
     steps = config.steps or pipeline.scheduler.config.num_train_timesteps
     parts = [f"{type(pipeline.scheduler).__name__}, {steps} steps"]
+    parts += ["learned timesteps"] if learned_timesteps(config, pipeline) else []
     parts += [f"eta {config.eta:g}"] if config.eta else []
     parts += [f"guidance {config.guidance_scale:g}"] if config.guidance_scale != 1 else []
     parts += [f"classes {config.class_labels}"] if config.class_labels else []

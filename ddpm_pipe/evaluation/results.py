@@ -6,6 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ddpm_pipe.samplers import Sampler
+
+NEARLY = 1.05
+"""How many times the best FID of a sweep the recommended sampler may have."""
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -47,6 +52,8 @@ class Point:
         model: the model that drew the images, as the config names it.
         settings: the options that the sweep changes in the config.
         sampling: the protocol of sampling.
+        sampler: the sampler.
+        network_calls: how often the network is evaluated for an image, twice in a step with guidance.
         seconds_per_image: seconds that one process takes for an image.
         metrics: metrics of the images.
     """
@@ -54,6 +61,8 @@ class Point:
     model: Path
     settings: dict[str, Any]
     sampling: dict[str, Any]
+    sampler: Sampler
+    network_calls: int
     seconds_per_image: float
     metrics: list[Metric]
 
@@ -63,7 +72,7 @@ class Point:
         return next((metric.value for metric in self.metrics if metric.type.startswith("fid")), math.inf)
 
     def to_json(self) -> dict[str, Any]:
-        content = {name: value for name, value in vars(self).items() if name != "model"}
+        content = {name: value for name, value in vars(self).items() if name not in ("model", "sampler")}
         return content | {"metrics": [metric.to_json() for metric in self.metrics]}
 
 
@@ -107,6 +116,26 @@ class Results:
             "points": [point.to_json() for point in self.points],
             "metrics": [metric.to_json() for metric in metrics + self.others * is_own],
         }
+
+    def recommended(self, model: Path) -> Sampler | None:
+        """Return the sampler of a model with the fewest network calls whose FID is within 5 % of the best of the sweep.
+
+        Of several with as many calls it is that of the lowest FID.
+
+        Returns:
+            The sampler; None where fewer than two settings of the model have an FID.
+        """
+        points = [point for point in self.points if point.model == model and point.distance < math.inf]
+        if len(points) < 2:
+            return None
+        best = min(point.distance for point in points)
+        nearly = [point for point in points if point.distance <= NEARLY * best]
+        chosen = min(nearly, key=lambda point: (point.network_calls, point.distance))
+        told = (
+            f"{chosen.metrics[0].name} {chosen.distance:.4g} with {chosen.network_calls} network calls for an image; "
+            f"the best of the sweep is {best:.4g}"
+        )
+        return chosen.sampler.replace(protocol=told)
 
     def table(self) -> str:
         """Return all metrics as a Markdown table."""

@@ -1,4 +1,4 @@
-"""The config of `generate`: which model is sampled, how, and which images are drawn."""
+"""The configs of `generate` and `timesteps`: which model is sampled and how, and what is drawn or searched."""
 
 import re
 from typing import Any, Literal, Self
@@ -95,6 +95,17 @@ class GenerateConfig(SampleConfig):
     def _check(self) -> Self:
         parse_seeds(self.seeds)
         return self
+
+
+class TimestepsConfig(SampleConfig):
+    """Search"""
+
+    steps: PositiveInt
+    """number of timesteps that are searched"""
+    reference_steps: PositiveInt = 100
+    """number of steps of DPM-Solver++ (dpm++) for the solution that the few steps are to come close to"""
+    num_images: PositiveInt = 64
+    """number of images that the search compares, and of others on which its result is checked"""
 
 
 def parse_seeds(text: str) -> list[int]:

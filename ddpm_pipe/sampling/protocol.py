@@ -1,7 +1,6 @@
 """Sample a model with any scheduler and one seed per image, and record in a protocol how it was sampled."""
 
 import hashlib
-import inspect
 import json
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -15,10 +14,10 @@ from diffusers import ModelMixin, SchedulerMixin
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 
-from ddpm_pipe.checks import check_choice
 from ddpm_pipe.compatibility import check_scheduler
 from ddpm_pipe.pipeline import null_class
-from ddpm_pipe.pretrained import SAMPLERS, DDPMPipeline
+from ddpm_pipe.pretrained import DDPMPipeline
+from ddpm_pipe.samplers import OWN_SCHEDULERS, Sampler, accepted_keys, make_scheduler
 from ddpm_pipe.sampling.config import SCHEDULERS, SampleConfig
 from ddpm_pipe.sharing.privacy import shared_name
 from ddpm_pipe.weights import weights_sha256
@@ -132,16 +131,10 @@ def plug_in(own: SchedulerMixin, name: str | None, options: dict[str, Any], fewe
             with `own`.
     """
     class_name, implied = (type(own).__name__, {}) if name is None else SCHEDULERS[name]
-    cls = type(own) if name is None else SAMPLERS.get(class_name) or getattr(diffusers, class_name)
-    accepted = [key for key in inspect.signature(cls.__init__).parameters if key not in ("self", "kwargs")]
-    for key in options:
-        check_choice("scheduler_options", key, accepted)
-    if name is not None and fewer and "timestep_spacing" in accepted:
+    cls = type(own) if name is None else OWN_SCHEDULERS.get(class_name) or getattr(diffusers, class_name)
+    if name is not None and fewer and "timestep_spacing" in accepted_keys(cls):
         implied = implied | {"timestep_spacing": "trailing"}
-    try:
-        scheduler = cls.from_config(own.config, **(implied | options))
-    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        raise ValueError(f"scheduler_options={json.dumps(options)} do not suit {class_name}: {error}") from error
+    scheduler = make_scheduler(cls, own, implied | options)
     check_scheduler(scheduler, own)
     return scheduler
 
@@ -149,8 +142,8 @@ def plug_in(own: SchedulerMixin, name: str | None, options: dict[str, Any], fewe
 def protocol(config: SampleConfig, pipeline: DDPMPipeline) -> dict[str, Any]:
     """Return everything that determines the images, as JSON values: the model, its scheduler, and how it is sampled.
 
-    If the scheduler's config lists its betas, the protocol holds their checksum instead; it holds infinite numbers as
-    text.
+    It names timesteps only where the pipeline carries them for this sampler. If the scheduler's config lists its betas,
+    the protocol holds their checksum instead; it holds infinite numbers as text.
     """
     scheduler = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
     if scheduler.get("trained_betas") is not None:
@@ -170,7 +163,28 @@ def protocol(config: SampleConfig, pipeline: DDPMPipeline) -> dict[str, Any]:
         "dtype": config.dtype,
         "versions": {name: version(name) for name in ("ddpm_pipe", "torch", "diffusers")},
     }
+    timesteps = learned_timesteps(config, pipeline)
+    entries |= {} if timesteps is None else {"timesteps": timesteps}
     return json.loads(json.dumps(entries), parse_constant=str)
+
+
+def learned_timesteps(config: SampleConfig, pipeline: DDPMPipeline) -> list[int] | None:
+    """Return the timesteps that the pipeline carries for the sampler of the config; None where it carries none."""
+    return pipeline.learned_timesteps(config.steps, config.class_labels is not None, config.guidance_scale, config.eta)
+
+
+def sampler_of(config: SampleConfig, pipeline: DDPMPipeline, timesteps: list[int] | None, how: str) -> Sampler:
+    """Describe the sampler of the config, which the pipeline has, and how it was found."""
+    return Sampler.of(
+        pipeline.scheduler,
+        pipeline.own_scheduler,
+        steps=config.steps or pipeline.scheduler.config.num_train_timesteps,
+        timesteps=timesteps,
+        eta=config.eta,
+        guidance_scale=config.guidance_scale,
+        class_labels=config.class_labels,
+        protocol=how,
+    )
 
 
 def _shortened(cycle: list[int]) -> str:

@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ddpm_pipe.run.folder import EVALUATION, TRAINING, Run
+from ddpm_pipe.samplers import OWN_SCHEDULERS, Sampler, read_samplers
 from ddpm_pipe.sharing.privacy import shared_name
 from ddpm_pipe.weights import CODE_FILES, read_json, saved_variants, weights_sha256
 
@@ -19,6 +20,8 @@ TEMPLATES = [Path(__file__).parents[up] / "model_cards" / "TEMPLATE.md" for up i
 TASK = "unconditional-image-generation"
 PRIVATE = ("output_dir", "push_to", "push_every", "push_public", "resume", "overwrite", "plan")
 """Config keys of a run that concern its machine alone; a card does not show them."""
+STOCK_SAMPLES = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler")
+"""Schedulers with which the stock DDPMPipeline, beside DDPM and DDIM, draws the right images."""
 
 
 def make_card(
@@ -77,7 +80,7 @@ def make_card(
 
 
 def read_pipeline(pipeline: Path) -> dict[str, Any]:
-    """Read what the template shows of a pipeline folder: sizes, classes, timesteps, tuning, variant and code files.
+    """Read what the template shows of a pipeline folder: sizes, classes, timesteps, variant, code files and samplers.
 
     Raises:
         ValueError: where a config is missing or cannot be read.
@@ -88,6 +91,10 @@ def read_pipeline(pipeline: Path) -> dict[str, Any]:
     size = network["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
     classes = network.get("num_class_embeds") or 0  # in a stock network, the last is the null class
+    variant = None if None in variants else min(filter(None, variants), default=None)
+    code_files = [name for name in CODE_FILES if (pipeline / name).exists()]
+    samplers = read_samplers(pipeline, variant)
+    recommended = samplers and samplers.recommended
     return {
         "height": height,
         "width": width,
@@ -95,9 +102,29 @@ def read_pipeline(pipeline: Path) -> dict[str, Any]:
         "num_classes": classes - (classes > 0 and network["_class_name"] == "UNet2DModel"),
         "timesteps": scheduler["num_train_timesteps"],
         "few_steps": scheduler["_class_name"] == "LCMScheduler",
-        "variant": None if None in variants else min(filter(None, variants), default=None),
-        "code_files": [name for name in CODE_FILES if (pipeline / name).exists()],
+        "variant": variant,
+        "code_files": code_files,
+        "learned": samplers.learned if samplers else [],
+        "recommended": recommended,
+        "recommended_call": recommended and call_in_diffusers(recommended, code_files),
     }
+
+
+def call_in_diffusers(sampler: Sampler, code_files: list[str]) -> dict[str, Any] | None:
+    """Return the keywords of a call that draws with a sampler where only diffusers is installed.
+
+    The DDPMPipeline of diffusers takes a number of steps and no timesteps, and neither scales the input of the network
+    nor the first noise, which all schedulers but DPM-Solver++ need. The pipeline whose code travels with the weights
+    does both.
+
+    Returns:
+        The keywords; None where diffusers does not have the scheduler, or its pipeline would draw wrong images.
+    """
+    if sampler.scheduler in OWN_SCHEDULERS:
+        return None
+    if CODE_FILES[-1] in code_files:
+        return sampler.call_options()
+    return {"num_inference_steps": sampler.steps} if sampler.scheduler in STOCK_SAMPLES else None
 
 
 def read_run(run: Run, pipeline: Path) -> dict[str, Any]:
