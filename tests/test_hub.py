@@ -360,7 +360,7 @@ def test_the_card_names_licence_data_and_metrics_where_the_hub_reads_them(card, 
 
 def test_the_card_has_the_whole_recipe_and_nothing_of_the_machine(card, config):
     for name in TrainConfig.model_fields:
-        private = name in ("output_dir", "resume", "overwrite", "push_to", "push_every", "push_public")
+        private = name in ("output_dir", "resume", "overwrite", "plan", "push_to", "push_every", "push_public")
         assert bool(re.search(rf"^{name}:", card.text, re.MULTILINE)) is not private, name
     assert str(Path(config.output_dir).parent) not in card.content and str(Path.home()) not in card.content
     assert "6 of 8 images: 48 images seen" in card.text and "decay 0.9999" in card.text
