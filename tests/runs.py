@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from ddpm_pipe.run.checkpoint import Checkpoints
@@ -54,10 +55,10 @@ def move_to_root(pipeline: Path) -> None:
 
 
 def write_config(config: TrainConfig) -> str:
-    """The config in a file beside the run folder, for a command line."""
+    """What the config gives, in a file beside the run folder, for a command line."""
     file = Path(config.output_dir).parent / f"{Path(config.output_dir).name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(config.to_yaml())
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
     return str(file)
 
 
