@@ -20,8 +20,8 @@ models", section 3.3, whose norm is larger than the root mean square by the squa
 def earlier_timestep(sigmas: Tensor, t: Tensor, stage: int) -> Tensor:
     """Return the timestep r < t whose answer is the target at t, (B,); -1 stands for the clean image.
 
-    The noise level of r is at most sigma_t (1 - n(sigma_t) / 2^stage), with n(sigma) = 1 + 8 sigmoid(-sigma) (section
-    3.3 of the paper, with its constants for CIFAR-10).
+    The noise level of r is at most sigma_t (1 - n(sigma_t) / 2^stage), with n(sigma) = 1 + 8 sigmoid(-sigma): the
+    mapping of the paper, with its constants for CIFAR-10.
 
     Args:
         sigmas: sqrt(1 / snr) at timesteps -1, 0, ..., T - 1, increasing from 0, (T + 1,); the last may be infinite.
@@ -45,7 +45,7 @@ class ConsistencyObjective:
         ValueError: for a scheduler whose networks cannot be tuned, saying why.
     """
 
-    def __init__(self, scheduler: DDPMScheduler, stages: int = 8):
+    def __init__(self, scheduler: DDPMScheduler, stages: int = 4):
         config = scheduler.config
         if config.prediction_type == "epsilon":
             raise ValueError(
@@ -71,7 +71,7 @@ class ConsistencyObjective:
         """Return the loss of each image, (B,); the arguments are those of `Objective`.
 
         The network answers twice with the same dropout. Its answer at the earlier timestep is without gradient. The
-        weight is 1 / sigma_t + 1 / sigma_data of the paper, with the sigma_data = 1 of a network that predicts v.
+        weight 1 / sigma_t + 1 is, up to a factor of sqrt(2), that which makes an error of x0 one of v.
         """
         self.sigmas = self.sigmas.to(t.device)  # the first call copies them
         r = earlier_timestep(self.sigmas, t, 1 + min(int(progress * self.stages), self.stages - 1))
