@@ -18,16 +18,15 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
-from recipes import NETWORKS, STEPS, make_config, make_data, make_network, our_step, peer_batches
+from recipes import NETWORKS, STEPS, make_config, make_data, our_step, peer_batches, shaped_data
 from timing import DEVICE, Step, interleaved, median, ratios, table
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_pipe import DDIMScheduler, DDPMPipeline, DDPMScheduler
 from ddpm_pipe.data.memory import load_images
 from ddpm_pipe.data.stream import stream_images
-from ddpm_pipe.training.config import TrainConfig
 from ddpm_pipe.training.plan import describe_device
+from ddpm_pipe.training.probe import flops_per_image
 
 BATCH = 16 if DEVICE.type == "cpu" else 128
 PRECISIONS = {"float32": "no", "bf16": "bf16"}
@@ -58,14 +57,6 @@ def ceiling(rounds: int) -> dict[str, float]:
 # ---------------------------------------------------------------- training
 
 
-def flops_per_image(config: TrainConfig) -> float:
-    """Of the network, forward and backward."""
-    model = make_network(config)
-    with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, 32, 32), torch.zeros(1)).sample.sum().backward()
-    return counter.get_total_flops()
-
-
 def training(data: str, reached: dict[str, float], networks: dict[str, dict], rounds: int) -> None:
     for title, unet in networks.items():
         config, steps = make_config(data, unet, BATCH), {}
@@ -76,8 +67,8 @@ def training(data: str, reached: dict[str, float], networks: dict[str, dict], ro
                 except pytest.skip.Exception as reason:
                     print(reason)
             if DEVICE.type == "cuda":  # on a CPU it takes minutes to compile and is no faster
-                steps[f"ddpm_pipe, compiled {name}"] = our_step(config.replace(compile=True), precision)
-        seconds, flops = interleaved(steps, rounds, warm_up=2), flops_per_image(config)
+                steps[f"ddpm_pipe, compiled {name}"] = our_step(config.replace(compile="default"), precision)
+        seconds, flops = interleaved(steps, rounds, warm_up=2), flops_per_image(config, shaped_data(config))
         rows = []
         for name, times in seconds.items():
             precision, rate = name.split()[-1], BATCH / median(times)

@@ -30,9 +30,9 @@ from torch.utils.data import DataLoader
 from ddpm_pipe.data.memory import ImageData, load_images
 from ddpm_pipe.objective import Objective
 from ddpm_pipe.training.config import TrainConfig
-from ddpm_pipe.training.draws import micro_batches
 from ddpm_pipe.training.recipe import make_scheduler, make_unet
 from ddpm_pipe.training.state import TrainState
+from ddpm_pipe.training.step import training_step
 
 ROOT = Path(__file__).resolve().parent.parent
 LUCIDRAINS = ("denoising-diffusion-pytorch", "2.3.4", "denoising_diffusion_pytorch.denoising_diffusion_pytorch")
@@ -70,10 +70,15 @@ def fresh_accelerator(precision: str) -> Accelerator:
     return Accelerator(cpu=DEVICE.type == "cpu", mixed_precision=precision)
 
 
-def make_network(config: TrainConfig) -> ModelMixin:
-    """The network for images of the size of the first, without reading the others."""
+def shaped_data(config: TrainConfig) -> ImageData:
+    """One image of the size of the first, which says what network the data need, without reading the others."""
     width, height = Dataset.load_from_disk(config.data)[0]["image"].size
-    return make_unet(config, ImageData(torch.zeros(1, 3, height, width), torch.arange(1)))
+    return ImageData(torch.zeros(1, 3, height, width), torch.arange(1))
+
+
+def make_network(config: TrainConfig) -> ModelMixin:
+    """The network for images of that size."""
+    return make_unet(config, shaped_data(config))
 
 
 def our_step(config: TrainConfig, precision: str) -> Step:
@@ -86,14 +91,7 @@ def our_step(config: TrainConfig, precision: str) -> Step:
 
     def train_step() -> None:
         nonlocal step
-        seen = []
-        for part, draws in micro_batches(config, accelerator, state.timesteps.probabilities(), step, data.shape):
-            x0, _ = batches(step, part, accelerator.device)
-            draws.seed_dropout(state.dropouts)
-            losses = objective(state.unet, draws.mirrored(x0), draws.t, draws.eps)
-            accelerator.backward(losses.mean())
-            seen.append((draws.t, losses.detach()))
-        state.optimizer_step(step, seen)
+        training_step(state, objective, batches, data.shape, step)
         step += 1
 
     return train_step

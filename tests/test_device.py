@@ -13,6 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from emulated_device import CPU, CUDA, check, emulated_device
 from runs import NETWORK, STOCK, assert_same, final_state
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_pipe import DDIMScheduler, DDPMPipeline, DDPMScheduler, DDPMUNet2DModel
 from ddpm_pipe.editing import ImageToImagePipeline, InpaintPipeline, InterpolationPipeline, InversionPipeline, slerp
@@ -399,3 +400,25 @@ def test_features_wait_for_their_numbers(tmp_path):
             features, _ = network(images)
         assert features.device == CPU
     assert torch.equal(features, Distances()(images.expand(-1, 3, -1, -1)))
+
+
+# ---------------------------------------------------------------- kernels
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that compute: all but views, each of which is one kernel or more on a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **kwargs or {})
+
+
+def test_a_pass_through_the_network_takes_few_kernels():
+    unet = DDPMUNet2DModel(sample_size=8).to("meta")
+    with Launches() as forward:
+        output = unet(torch.zeros(2, 3, 8, 8, device="meta"), torch.zeros(2, device="meta")).sample
+    with Launches() as backward:
+        output.backward(torch.ones_like(output))
+    assert forward.count <= 440 and backward.count <= 500, (forward.count, backward.count)
