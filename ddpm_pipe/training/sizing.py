@@ -20,6 +20,8 @@ class Size(NamedTuple):
     """pixels of the largest level that has attention"""
     batch_size: int
     learning_rate: float
+    short: bool = False
+    """whether to take what docs/experiments.md found for short runs: Muon, and filters that are not standardised"""
 
     def values(self, shape: tuple[int, ...], parts: int = 1) -> dict[str, Any]:
         """Return the keys of a config for images of `shape`, (C, H, W).
@@ -29,13 +31,18 @@ class Size(NamedTuple):
         shorter = min(shape[1:])
         levels = 1 + max(0, math.ceil(math.log2(shorter / LOWEST)))
         sizes = [shorter // 2**level for level in range(levels)]
-        unet = {
+        unet: dict[str, Any] = {
             "block_out_channels": [min(self.width * 2**level, self.widest) for level in range(levels)],
             "layers_per_block": self.layers,
             "attention_types": ["linear" if size <= self.attention else "none" for size in sizes],
         }
+        optimizer: dict[str, Any] = {"optimizer": "adamw"}
+        if self.short:
+            unet["weight_standardization"] = False
+            optimizer = {"optimizer": "muon", "muon_rms": 0.3}
         return {
             "unet": unet,
+            **optimizer,
             "batch_size": math.ceil(self.batch_size / parts) * parts,
             "learning_rate": self.learning_rate,
             "beta_schedule": "cosine",
@@ -47,8 +54,8 @@ LOWEST = 8
 """Most pixels of the lowest level; the presets fashion_mnist and DDPM have 7 and 4."""
 
 SIZES = (
-    #    images  width  widest  layers  attention  batch  rate
-    Size(0, 32, 128, 1, 8, 16, 2e-3),  # the preset fashion_mnist
+    #    images  width  widest  layers  attention  batch  rate  short
+    Size(0, 32, 64, 1, 8, 16, 2e-3, True),  # the preset fashion_mnist
     Size(2e6, 64, 512, 2, 16, 32, 2e-4),  # about the preset flowers
     Size(1e7, 128, 256, 2, 16, 128, 2e-4),  # about the preset cifar10
 )
