@@ -121,10 +121,9 @@ class WeightStandardizedConv2d(nn.Conv2d):
     """A convolution whose filters are brought to zero mean and unit variance (Qiao et al. 2019)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.float()
-        variance, mean = torch.var_mean(weight, dim=(1, 2, 3), correction=0, keepdim=True)
-        weight = (weight - mean) * (variance + 1e-5).rsqrt()
-        return self._conv_forward(x, weight.to(self.weight.dtype), self.bias)
+        # a LayerNorm without gain does just this to each filter, in one kernel and with sums in float32
+        weight = F.layer_norm(self.weight, self.weight.shape[1:], eps=1e-5)
+        return self._conv_forward(x, weight, self.bias)
 
 
 class ResnetBlock(nn.Module):
@@ -150,7 +149,7 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_ch, out_ch, 1) if in_ch != out_ch else nn.Identity()
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        scale, shift = self.time_emb_proj(F.silu(temb))[:, :, None, None].chunk(2, dim=1)
+        scale, shift = self.time_emb_proj(temb)[:, :, None, None].chunk(2, dim=1)
         h = F.silu(self.norm1(self.conv1(x)) * (scale + 1) + shift)
         h = F.silu(self.norm2(self.conv2(self.dropout(h))))
         return h + self.conv_shortcut(x)
@@ -232,10 +231,9 @@ class LinearAttention(nn.Module):
         height, width = x.shape[-2:]
         q, k, v = self.to_qkv(x).unflatten(1, (3, self.heads, -1)).flatten(-2).unbind(1)  # (B, heads, head_dim, H * W)
         k, v = _with_memory(k, v, self.mem_kv, dim=-1)
-        q = q.softmax(dim=-2) * self.scale
-        k = k.softmax(dim=-1)
-        v = v / (height * width) if self.mean else v
-        context = v @ k.transpose(-1, -2)
+        q, k = q.softmax(dim=-2), k.softmax(dim=-1)
+        # the constants that scale q and v multiply the small product of v and k instead
+        context = v @ k.transpose(-1, -2) * (self.scale / (height * width) if self.mean else self.scale)
         out = (context @ q).flatten(1, 2).unflatten(-1, (height, width))
         return self.norm_out(self.to_out(out))
 
@@ -582,16 +580,19 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
         return UNet2DOutput(sample=x) if return_dict else (x,)
 
     def _embed(self, timestep: Tensor | float | int, class_labels: Tensor | None, sample: Tensor) -> Tensor:
-        """Return the embedding (B, D) of the timestep and the class."""
-        timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
+        """Return the embedding (B, D) of the timestep and the class, after the SiLU before each block's projection."""
+        if not isinstance(timestep, Tensor):  # filled in on the device, where torch.compile keeps it a variable
+            timestep = torch.full((), timestep, device=sample.device)
+        timestep = timestep.to(sample.device).expand(sample.shape[0])
         temb = self.time_embedding(self.time_proj(timestep).to(self.dtype))
         if self.class_embedding is None:
             if class_labels is not None:
                 raise ValueError("class_labels were given to a network without classes (num_class_embeds=None).")
-            return temb
+            return F.silu(temb)
         if class_labels is None:
-            class_labels = torch.tensor(self.null_class, device=sample.device).expand(sample.shape[0])
-        return temb + self.class_embedding(class_labels)
+            null_class = self.class_embedding.num_embeddings - 1
+            class_labels = torch.full(sample.shape[:1], null_class, device=sample.device)
+        return F.silu(temb + self.class_embedding(class_labels))
 
     def _run(self, block: nn.Module, *args):
         """Run a block; gradient checkpointing recomputes its activations in the backward pass."""

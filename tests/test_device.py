@@ -142,6 +142,25 @@ class Waits(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
+class Launches(TorchDispatchMode):
+    """Counts the operations that compute: all but views, each of which is one kernel or more on a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **kwargs or {})
+
+
+def test_a_pass_through_the_network_takes_few_kernels():
+    unet = DDPMUNet2DModel(sample_size=8).to(META)
+    with Launches() as forward:
+        output = unet(torch.zeros(2, 3, 8, 8, device=META), torch.zeros(2, device=META)).sample
+    with Launches() as backward:
+        output.backward(torch.ones_like(output))
+    assert forward.count <= 440 and backward.count <= 500, (forward.count, backward.count)
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_training_step_waits_once_whatever_it_is_cut_into(recipe, accumulation):
     config = recipe(gradient_accumulation_steps=accumulation, class_conditional=True, flip=True, offset_noise=0.1)
