@@ -42,6 +42,11 @@ def _listed(value: Any) -> Any:
     return value if value is None else _listed([value])
 
 
+def _compile_mode(value: Any) -> Any:
+    """Translate the truth value that `compile` was in earlier versions to a mode."""
+    return {"true": "default", "false": "none"}.get(str(value).lower(), value)
+
+
 Int = Annotated[int, BeforeValidator(_number)]
 PositiveInt = Annotated[Int, Field(ge=1)]
 NonNegativeInt = Annotated[Int, Field(ge=0)]
@@ -53,6 +58,9 @@ Place = Annotated[str, Field(min_length=1), BeforeValidator(_as_text)]
 """A path, or the id of a repository on the Hub."""
 JsonDict = Annotated[dict[str, Any], BeforeValidator(_from_json)]
 """A mapping; a flag gives it as JSON."""
+
+CompileMode = Annotated[Literal["none", "default", "reduce-overhead", "max-autotune"], BeforeValidator(_compile_mode)]
+"""A mode of torch.compile; the last two also replay the kernels of a call as CUDA graphs."""
 
 T = TypeVar("T")
 Listed = Annotated[list[T], BeforeValidator(_listed)]

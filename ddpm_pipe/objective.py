@@ -67,8 +67,9 @@ class Objective:
         x_t = self.scheduler.add_noise(x0, eps, t)
         if self_condition:
             with torch.no_grad():
-                estimate = unet(x_t, t, **conditions).sample.float()[:, :channels]
-                conditions["self_cond"] = row.x0(estimate, x_t, alpha_bar)
+                # a copy, because a CUDA graph of torch.compile overwrites its output at the second call
+                estimate = unet(x_t, t, **conditions).sample.to(torch.float32, copy=True)
+                conditions["self_cond"] = row.x0(estimate[:, :channels], x_t, alpha_bar)
         output = unet(x_t, t, **conditions).sample.float()
         prediction = output[:, :channels]
         error = self.loss(prediction, row.target(x0, eps, alpha_bar), reduction="none").flatten(1).mean(1)

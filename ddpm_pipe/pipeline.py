@@ -243,7 +243,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                 inputs["self_cond"] = last_x0.clamp(-1, 1).to(dtype)
             if scale != 1.0:  # one pass computes both predictions
                 inputs = {name: torch.cat([images, images]) for name, images in inputs.items()}
-            output = unet(timestep=t, **inputs, **conditions).sample.float()
+            # a copy, because a CUDA graph of torch.compile overwrites its output at the next step
+            output = unet(timestep=t, **inputs, **conditions).sample.to(torch.float32, copy=True)
             if scale != 1.0:
                 output, unconditional = output.chunk(2)
                 prediction = torch.lerp(unconditional[:, :channels], output[:, :channels], scale)

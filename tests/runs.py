@@ -1,13 +1,17 @@
 """What the tests of whole runs share: a small recipe, and how two runs are compared."""
 
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ddpm_pipe.run.checkpoint import Checkpoints
 from ddpm_pipe.run.folder import Run
@@ -86,6 +90,22 @@ def draw_parts(
         process = SimpleNamespace(device=torch.device("cpu"), num_processes=processes, process_index=rank)
         parts |= {part.start: draws for part, draws in micro_batches(config, process, probabilities, step, shape)}
     return [parts[start] for start in sorted(parts)]
+
+
+multiprocessing.set_forkserver_preload(["ddpm_pipe.training.loop", "ddpm_pipe.sampling.generate"])
+
+
+def run_on_two(function: Callable, *arguments: object) -> None:
+    """Run it in two processes as `torchrun` does, but for the seconds that importing takes."""
+    counts = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 2, "max_restarts": 0}
+    meeting = {"run_id": "test", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    handlers |= {number: signal.getsignal(number) for number in (signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)}
+    try:
+        elastic_launch(LaunchConfig(**counts, **meeting, start_method="forkserver"), function)(*arguments)
+    finally:
+        for number, handler in handlers.items():  # it leaves its own, to the tests after this one
+            signal.signal(number, handler)
 
 
 def launch(*argv: str, processes: int) -> subprocess.CompletedProcess:

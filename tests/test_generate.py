@@ -19,9 +19,8 @@ import pytest
 import torch
 from conftest import one_sentence
 from PIL import Image
-from runs import REPO
+from runs import REPO, run_on_two
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import ddpm_pipe
 from ddpm_pipe import DDIMScheduler, DDPMPipeline, DDPMScheduler, DDPMUNet2DModel
@@ -149,25 +148,10 @@ def test_in_memory_there_are_the_images_of_the_files(config):
 
 # ---------------------------------------------------------------- processes
 
-multiprocessing.set_forkserver_preload(["ddpm_pipe.sampling.generate"])  # its children need not import it again
-
 
 def run_in_child(config: GenerateConfig) -> None:
     torch.set_num_threads(1)
     generate(config)
-
-
-def run_on_two(function, *arguments) -> None:
-    """Run it in two processes as `torchrun` does, but for the seconds that importing takes."""
-    counts = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 2, "max_restarts": 0}
-    meeting = {"run_id": "test", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    handlers |= {number: signal.getsignal(number) for number in (signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)}
-    try:
-        elastic_launch(LaunchConfig(**counts, **meeting, start_method="forkserver"), function)(*arguments)
-    finally:
-        for number, handler in handlers.items():  # it leaves its own, to the tests after this one
-            signal.signal(number, handler)
 
 
 def test_a_model_that_is_nowhere_is_one_sentence():

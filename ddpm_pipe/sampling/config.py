@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import field_validator, model_validator
 
 from ddpm_pipe.checks import check_choice
-from ddpm_pipe.config import Config, Float, JsonDict, Place, PositiveInt
+from ddpm_pipe.config import CompileMode, Config, Float, JsonDict, Place, PositiveInt
 
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ddpm": ("DDPMScheduler", {}),
@@ -45,6 +45,8 @@ class SampleConfig(Config):
     """branch, tag or commit of a model on the Hub"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """precision of the network"""
+    compile: CompileMode = "none"
+    """mode in which torch.compile compiles the network; the last two use CUDA graphs"""
     batch_size: PositiveInt = 64
     """images that a process draws at a time"""
     scheduler: str | None = None

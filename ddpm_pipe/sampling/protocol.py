@@ -108,6 +108,8 @@ def pipeline_for(config: SampleConfig) -> DDPMPipeline:
         raise ValueError(f"model={config.model!r} is neither a folder here nor the id of a repository.") from error
     pipeline = DDPMPipeline.from_pretrained(folder, torch_dtype=getattr(torch, config.dtype))
     pipeline.set_progress_bar_config(disable=True)
+    if config.compile != "none":
+        pipeline.unet.compile(mode=config.compile)
     steps = pipeline.scheduler.config.num_train_timesteps
     if config.steps is not None and not 1 <= config.steps <= steps:
         raise ValueError(f"steps={config.steps} must lie between 1 and the {steps} that the model was trained with.")
@@ -191,7 +193,8 @@ def try_out(config: SampleConfig, pipeline: DDPMPipeline) -> None:
         raise FirstStep
 
     try:
-        list(sample_images(pipeline, [0], 1, callback_on_step_end=stop, **config.call_options()))
+        with torch.compiler.set_stance("force_eager"):  # it will be compiled for whole batches
+            list(sample_images(pipeline, [0], 1, callback_on_step_end=stop, **config.call_options()))
     except FirstStep:
         pass
     except (NotImplementedError, TypeError, ImportError, IndexError) as error:

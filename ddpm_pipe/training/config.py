@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from ddpm_pipe.config import (
+    CompileMode,
     Config,
     Float,
     JsonDict,
@@ -137,8 +138,8 @@ class MachineConfig(Config):
     """keep images channels-last in memory; chosen on CUDA if not given"""
     gradient_checkpointing: bool = False
     """save memory by computing activations twice"""
-    compile: bool = False
-    """compile the network with torch.compile"""
+    compile: CompileMode = "none"
+    """mode in which torch.compile compiles the network; the last two use CUDA graphs"""
     deterministic: bool = False
     """use deterministic algorithms on CUDA, which are slower, so that a resumed run is bit-identical there too"""
 
@@ -195,6 +196,11 @@ class TrainConfig(DataConfig, ModelConfig, LossConfig, OptimConfig, MachineConfi
             raise ValueError(
                 f"push_every={self.push_every} must be a multiple of save_every={self.save_every}, and goes with "
                 "push_to, the repository on the Hub."
+            )
+        if self.deterministic and self.compile != "none":
+            raise ValueError(
+                f"deterministic and compile={self.compile!r} contradict each other, because some compiled kernels are "
+                "chosen by their speed; choose one."
             )
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite contradict each other; choose one.")

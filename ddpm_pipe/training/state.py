@@ -63,8 +63,12 @@ class TrainState:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        if config.compile:
-            unet.compile()
+        if config.compile != "none":
+            unet.compile(mode=config.compile)
+        # a replay of a CUDA graph overwrites what it returned before, so gradients to add to must lie outside of it
+        self.keeps_gradients = config.compile != "none" and config.gradient_accumulation_steps > 1
+        for parameter in self.parameters if self.keeps_gradients else ():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         self.unet, self.optimizer = accelerator.prepare(unet, optimizer)
         self.unet.train()
 
@@ -85,7 +89,7 @@ class TrainState:
         finite = math.isfinite(self.gradient_norm)
         if finite or self.accelerator.scaler is not None:  # a loss scaler skips such a step by itself, and adapts
             self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
         if not finite:
             self.bad_steps, self.skipped = self.bad_steps + 1, self.skipped + 1
             self._check_bad_steps()
@@ -204,7 +208,8 @@ class TrainState:
         device = f"{torch.get_num_threads()} CPU threads" if device == "cpu" else device
         precision = self.accelerator.mixed_precision
         chosen = ["float32" if precision == "no" else precision]
-        chosen += ["channels-last"] * self.channels_last + ["compiled"] * self.config.compile + ["fused AdamW"]
+        chosen += ["channels-last"] * self.channels_last + ["fused AdamW"]
+        chosen += [f"compiled ({self.config.compile})"] * (self.config.compile != "none")
         parameters = sum(p.numel() for p in self.average.module.parameters())
         return f"{type(self.average.module).__name__} of {parameters:,} parameters on {device}: {', '.join(chosen)}"
 
