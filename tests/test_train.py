@@ -334,9 +334,10 @@ def test_a_deterministic_run_is_the_same_run(recipe, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # kept, and taken back after the test
     plain, deterministic = recipe("plain"), recipe("deterministic", deterministic=True)
     train(plain)
+    assert torch.backends.cudnn.benchmark
     try:
         train(deterministic)
-        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
     finally:
         torch.use_deterministic_algorithms(False)
     assert_same(final_state(plain), final_state(deterministic))
