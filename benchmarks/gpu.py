@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,15 +24,31 @@ from torch.profiler import ProfilerActivity, profile
 from ddpm_pipe import DDPMPipeline, DDPMScheduler
 from ddpm_pipe.sampling.protocol import plug_in
 from ddpm_pipe.training.config import TrainConfig
+from ddpm_pipe.training.launcher import choose_kernels
 from ddpm_pipe.training.plan import describe_device
 
 SAMPLERS = ("ddpm", "ddim", "dpm++", "unipc", "euler")
 SETTINGS: dict[str, dict] = {
     "eager": {},
     "eager, not channels-last": {"channels_last": False},
-    "compiled": {"compile": True},
+    "compiled": {"compile": "default"},
+    "compiled, not channels-last": {"compile": "default", "channels_last": False},
+    "CUDA graphs": {"compile": "reduce-overhead"},
 }
 """Settings of ours that are measured beside the peers."""
+
+
+def without_tf32(step: Step) -> Step:
+    """The step with products and convolutions in full precision, which the others round to TF32."""
+
+    def precise() -> None:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        step()
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+
+    return precise
 
 
 def product_flops(dtype: torch.dtype, size: int) -> float:
@@ -47,7 +64,8 @@ def profiled(step: Step) -> tuple[int, int]:
     with profile(activities=activities) as record:
         step()
     counts = {event.key: event.count for event in record.key_averages()}
-    launches = sum(count for name, count in counts.items() if name.startswith(("cudaLaunchKernel", "cuLaunchKernel")))
+    starts = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
+    launches = sum(count for name, count in counts.items() if name.startswith(starts))
     return launches, counts.get("cudaStreamSynchronize", 0)
 
 
@@ -69,8 +87,9 @@ def make_steps(config: TrainConfig) -> dict[str, tuple[str, Callable[[], Step]]]
             changed = config.replace(**options)
             title = f"{name}, {setting}, bf16" if setting else f"{name}, bf16"
             steps[title] = ("bf16", lambda recipe=recipe, changed=changed: recipe(changed, "bf16"))
-    steps["ddpm_pipe, eager, tf32"] = ("no", lambda: STEPS["ddpm_pipe"](config, "no"))
-    steps["diffusers, tf32"] = ("no", lambda: STEPS["diffusers"](config, "no"))
+    for name in ("ddpm_pipe", "diffusers"):
+        steps[f"{name}, tf32"] = ("no", lambda name=name: STEPS[name](config, "no"))
+        steps[f"{name}, float32"] = ("no", lambda name=name: without_tf32(STEPS[name](config, "no")))
     return steps
 
 
@@ -95,14 +114,17 @@ def training(data: str, unet: dict, batch: int, rounds: int, reached: dict[str, 
 def sampling(unet: dict, data: str, batch: int, rounds: int) -> list[dict]:
     """Milliseconds of a sampling step of each scheduler, the network included."""
     own = DDPMScheduler()
-    network = make_network(make_config(data, unet, batch)).to(DEVICE, torch.bfloat16).eval()
     jobs = {}
-    for name in SAMPLERS:
-        pipeline = DDPMPipeline(network, own)
-        pipeline.scheduler = plug_in(own, name, {}, fewer=True)
-        pipeline.set_progress_bar_config(disable=True)
-        jobs[name] = lambda pipeline=pipeline: pipeline(batch, num_inference_steps=10, output_type="pt")
-    seconds = interleaved(jobs, rounds)
+    for title in ("{}", "{}, CUDA graphs"):
+        network = make_network(make_config(data, unet, batch)).to(DEVICE, torch.bfloat16).eval()
+        if title != "{}":
+            network.compile(mode="reduce-overhead")
+        for name in SAMPLERS:
+            pipeline = DDPMPipeline(network, own)
+            pipeline.scheduler = plug_in(own, name, {}, fewer=True)
+            pipeline.set_progress_bar_config(disable=True)
+            jobs[title.format(name)] = partial(pipeline, batch, num_inference_steps=10, output_type="pt")
+    seconds = interleaved(jobs, rounds, warm_up=3)
     return [{"sampler": name, "batch": batch, "ms_per_step": 100 * median(times)} for name, times in seconds.items()]
 
 
@@ -119,7 +141,7 @@ def main() -> None:
     arguments = parser.parse_args()
     quick = arguments.quick
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    choose_kernels(deterministic=False)
     unet, batches, rounds = (SMALL, (16,), 2) if quick else (CIFAR, (32, 128, 512), 10)
     size = 512 if quick else 8192
     reached = {"bf16": product_flops(torch.bfloat16, size), "no": product_flops(torch.float32, size)}
