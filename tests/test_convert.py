@@ -65,8 +65,9 @@ def drawn(pipeline: DDPMPipeline, **options) -> torch.Tensor:
 
 
 def assert_same_images(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Equal but for rounding, which sampling amplifies where the network predicts noise."""
     assert ((theirs > 0) & (theirs < 1)).float().mean() > 0.05, "clipped images say little"
-    torch.testing.assert_close(ours, theirs.clamp(0, 1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours, theirs.clamp(0, 1), rtol=0, atol=2e-4)
 
 
 # ---------------------------------------------------------------- lucidrains' denoising-diffusion-pytorch
