@@ -234,6 +234,7 @@ OTHERS = {
     "with classes": ({"class_conditional": True}, "class_conditional"),
     "another profile": ({"ema_sigma_rel": [0.05, 0.2]}, "ema_sigma_rel"),
     "other timesteps": ({"timestep_sampling": "loss_second_moment"}, "timestep"),
+    "another optimizer": ({"optimizer": "muon"}, "optimizer"),
 }
 
 

@@ -57,14 +57,15 @@ def test_the_network_learns(recipe):
     assert sum(losses[-4:]) / 4 < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(recipe, precision):
+@pytest.mark.parametrize(("precision", "optimizer"), [("no", "adamw"), ("bf16", "adamw"), ("no", "muon")])
+def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(recipe, precision, optimizer):
     config = recipe(
         unet=NETWORK | {"dropout": 0.2, "self_condition": True},
         class_conditional=True,
         gradient_accumulation_steps=2,
         flip=True,
         mixed_precision=precision,
+        optimizer=optimizer,
         lr_schedule="cosine",
         save_every=2,
     )

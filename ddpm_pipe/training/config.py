@@ -104,6 +104,10 @@ class OptimConfig(Config):
     """learning rate after the warm-up; linear and cosine end at 0"""
     lr_warmup_steps: NonNegativeInt = 0
     """optimizer steps over which the learning rate grows to its peak"""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon for the filters of all convolutions but the first and the last, with AdamW for the rest"""
+    muon_rms: PositiveFloat = 0.2
+    """Muon: root mean square of a step of a filter, in learning rates"""
     adam_beta1: Share = 0.9
     """AdamW: decay of the first moment"""
     adam_beta2: Share = 0.999

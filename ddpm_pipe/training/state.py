@@ -17,6 +17,7 @@ from ddpm_pipe.run.files import CheckpointError, replace_folder, save_tensors, s
 from ddpm_pipe.run.folder import Run
 from ddpm_pipe.training.config import TrainConfig
 from ddpm_pipe.training.ema import EMA, power_decay, warmup_decay
+from ddpm_pipe.training.optimizer import make_optimizer
 from ddpm_pipe.training.recipe import lr_at
 from ddpm_pipe.training.timestep_sampling import TIMESTEP_SAMPLERS
 
@@ -55,14 +56,7 @@ class TrainState:
         self.timesteps = TIMESTEP_SAMPLERS[config.timestep_sampling](config.num_train_timesteps)
         self.bad_steps, self.skipped, self.gradient_norm = 0, 0, 0.0
         self.parameters = list(unet.parameters())
-        optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        optimizer = make_optimizer(config, unet)
         if config.compile:
             unet.compile()
         self.unet, self.optimizer = accelerator.prepare(unet, optimizer)
@@ -187,6 +181,8 @@ class TrainState:
             module.load_state_dict(weights[name])
         if state["timesteps"].keys() != self.timesteps.state_dict().keys():
             raise ValueError(f"the checkpoint of {run} does not fit this config: it has another timestep_sampling.")
+        if len(state["optimizer"]["param_groups"]) != len(self.optimizer.param_groups):
+            raise ValueError(f"the checkpoint of {run} does not fit this config: it has another optimizer.")
         self.optimizer.load_state_dict(state["optimizer"])
         self.timesteps.load_state_dict(state["timesteps"])
         if self.accelerator.scaler is not None and "scaler" in state:
@@ -204,7 +200,8 @@ class TrainState:
         device = f"{torch.get_num_threads()} CPU threads" if device == "cpu" else device
         precision = self.accelerator.mixed_precision
         chosen = ["float32" if precision == "no" else precision]
-        chosen += ["channels-last"] * self.channels_last + ["compiled"] * self.config.compile + ["fused AdamW"]
+        chosen += ["channels-last"] * self.channels_last + ["compiled"] * self.config.compile
+        chosen.append({"adamw": "fused AdamW", "muon": "Muon and fused AdamW"}[self.config.optimizer])
         parameters = sum(p.numel() for p in self.average.module.parameters())
         return f"{type(self.average.module).__name__} of {parameters:,} parameters on {device}: {', '.join(chosen)}"
 
