@@ -79,7 +79,7 @@ def make_network(config: TrainConfig) -> ModelMixin:
 def our_step(config: TrainConfig, precision: str) -> Step:
     """A step of ddpm_pipe.training.loop, without what it writes."""
     accelerator = fresh_accelerator(precision)
-    data = load_images(config.data)
+    data = load_images(config.data, with_labels=config.class_conditional)
     state = TrainState(config, make_unet(config, data), accelerator)
     objective = Objective(make_scheduler(config))
     batches, step = data.batches(config.batch_size, 0), 0
@@ -88,9 +88,10 @@ def our_step(config: TrainConfig, precision: str) -> Step:
         nonlocal step
         seen = []
         for part, draws in micro_batches(config, accelerator, state.timesteps.probabilities(), step, data.shape):
-            x0, _ = batches(step, part, accelerator.device)
+            x0, labels = batches(step, part, accelerator.device)
+            conditions = draws.conditions(labels, state.null_class)
             torch.manual_seed(draws.dropout_seed)
-            losses = objective(state.unet, draws.mirrored(x0), draws.t, draws.eps)
+            losses = objective(state.unet, draws.mirrored(x0), draws.t, draws.eps, **conditions)
             accelerator.backward(losses.mean())
             seen.append((draws.t, losses.detach()))
         state.optimizer_step(step, seen)

@@ -6,6 +6,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -43,13 +44,18 @@ class Classifier(nn.Module):
         return features, self.head(features)
 
 
-def train_classifier(data: str = BUNDLED, split: str = "train", epochs: int = 6) -> Classifier:
-    """Train on labelled images, grey or RGB; the same weights every time on one machine with one thread."""
+def train_classifier(
+    data: str = BUNDLED, split: str = "train", epochs: int = 6, make: Callable[[int], nn.Module] = Classifier
+) -> nn.Module:
+    """Train on labelled images, grey or RGB; the same weights every time on one machine with one thread.
+
+    `make` takes the number of classes and returns a network that answers as `Classifier` does.
+    """
     images = load_images(data, split, with_labels=True)
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = Classifier(len(images.class_names)).to(memory_format=torch.channels_last)
+        network = make(len(images.class_names)).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.02)
     steps = len(images) // BATCH_SIZE * epochs
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
