@@ -21,6 +21,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from recipes import our_step
+from scipy import stats
 from timing import table
 
 from ddpm_pipe.cli import PRESETS
@@ -31,13 +32,17 @@ from ddpm_pipe.evaluation.metrics import frechet_distance, precision_recall
 from ddpm_pipe.sampling.config import SampleConfig
 from ddpm_pipe.sampling.protocol import pipeline_for, sample_images
 from ddpm_pipe.training.config import TrainConfig
+from ddpm_pipe.training.log import named_means
 from ddpm_pipe.training.loop import train
 from ddpm_pipe.training.recipe import make_objective, make_scheduler
-from ddpm_pipe.training.validation import held_out_loss
+from ddpm_pipe.training.validation import held_out_sums
 
 ARMS = Path(__file__).with_suffix(".yaml")
 BUNDLED = str(Path(__file__).resolve().parent.parent / "examples" / "fashion_mnist")
 SAMPLER = {"scheduler": "dpm++", "steps": 10, "class_labels": "balanced", "batch_size": 100}
+MANIFOLD = 2000
+"""Number of real images, evenly spread, to which precision and recall refer."""
+
 COMMON = {"sample_every": 0, "tracker": "none", "mixed_precision": "no"}
 LOSSES = {"loss": "held_out_loss"} | {
     f"at t {share} %": f"held_out_loss/t_{share}%" for share in ("00", "30", "60", "90")
@@ -46,10 +51,8 @@ LOSSES = {"loss": "held_out_loss"} | {
 
 
 def make_arm(changes: dict[str, Any], preset: Path, data: str) -> TrainConfig:
-    """The config of an arm; keys of its network are merged with the preset's, unless it names a class of its own."""
-    config = parse(TrainConfig, [str(preset)], data=data).replace(**COMMON)
-    unet = changes.get("unet", {})
-    return config.replace(**changes | {"unet": unet if "_class_name" in unet else config.unet | unet})
+    """The config of an arm."""
+    return parse(TrainConfig, [str(preset)], data=data).replace(**COMMON | changes)
 
 
 def seconds_per_step(arms: dict[str, TrainConfig], rounds: int = 9, warm_up: int = 2) -> dict[str, float]:
@@ -97,14 +100,14 @@ class Bench:
         found = {}
         for name, judge in self.judges.items():
             features, real = self._features(judge, drawn), self.features[name]
-            some = real[:: len(real) // 2000]
+            some = real[:: len(real) // MANIFOLD]
             manifolds = dict(zip(("precision", "recall"), precision_recall(features, some), strict=True))
             measured = {"FD": frechet_distance(features, real)} | manifolds
             found |= {f"{kind} {name}": value for kind, value in measured.items()}
         plain = config.replace(loss="l2", loss_weight="none", seed=0)
-        labelled = self.test if config.class_conditional else load_images(config.data, "test")
         objective = make_objective(plain, make_scheduler(plain))
-        return found | held_out_loss(plain, pipeline.unet, objective, labelled, torch.device("cpu"))
+        sums = held_out_sums(plain, pipeline.unet, objective, self.test, torch.device("cpu"))
+        return found | named_means("held_out_loss", sums)
 
 
 # ---------------------------------------------------------------- the table
@@ -117,9 +120,10 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 def interval(values: list[float]) -> str:
     """Mean and, of several values, half of the 95 % interval by Student's t."""
     mean = statistics.mean(values)
-    quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), 2.0)
-    half = quantile * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-    return f"{mean:.3g}" if half is None else f"{mean:.3g} ± {half:.2g}"
+    if len(values) == 1:
+        return f"{mean:.3g}"
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:.3g} ± {half:.2g}"
 
 
 def show(results: list[dict[str, Any]], names: list[str], budget: int) -> None:
@@ -155,7 +159,7 @@ def main() -> None:
     first = next(iter(changes))
     done = {(line["arm"], line["seed"]) for line in read_lines(options.results) if line["budget"] == options.steps}
     wanted = [(arm, seed) for seed in options.seeds for arm in options.only or changes if (arm, seed) not in done]
-    arms = {name: make_arm(changes[name] or {}, options.preset, options.data) for name in [first, *dict(wanted)]}
+    arms = {name: make_arm(changes[name], options.preset, options.data) for name in [first, *dict(wanted)]}
     seconds = seconds_per_step(arms) if wanted else {}
     bench = Bench(options.data, options.judges, options.images)
     for arm, seed in wanted:

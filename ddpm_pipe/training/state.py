@@ -209,7 +209,7 @@ class TrainState:
         precision = self.accelerator.mixed_precision
         chosen = ["float32" if precision == "no" else precision]
         chosen += ["channels-last"] * self.channels_last
-        chosen.append({"adamw": "fused AdamW", "muon": "Muon"}[self.config.optimizer])
+        chosen.append({"adamw": "fused AdamW", "muon": "Muon and fused AdamW"}[self.config.optimizer])
         chosen += [f"compiled ({self.config.compile})"] * (self.config.compile != "none")
         parameters = sum(p.numel() for p in self.average.module.parameters())
         return f"{type(self.average.module).__name__} of {parameters:,} parameters on {device}: {', '.join(chosen)}"
