@@ -228,7 +228,7 @@ def test_what_a_preset_gives_is_given(tmp_path):
     config = parse(TrainConfig, argv)
     config = take_over(config, find_source(config, Run(tmp_path / "run")))
     assert (config.prediction_type, config.num_train_timesteps) == ("v_prediction", 50)
-    assert config.unet["block_out_channels"] == [32, 64, 128]
+    assert config.unet["block_out_channels"] == [32, 64, 64]
     assert "what no flag, file or preset gives" in " ".join(make_parser(TrainConfig).format_help().split())
 
 
