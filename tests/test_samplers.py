@@ -20,7 +20,7 @@ from ddpm_pipe.evaluation.results import Metric, Point, Results
 from ddpm_pipe.samplers import Sampler, Samplers, read_samplers
 from ddpm_pipe.sampling.config import GenerateConfig, TimestepsConfig
 from ddpm_pipe.sampling.protocol import pipeline_for, protocol, sample_images
-from ddpm_pipe.sampling.timesteps import learn_timesteps, pattern_search
+from ddpm_pipe.sampling.timesteps import coordinate_search, learn_timesteps
 from ddpm_pipe.sharing.card import make_card
 from ddpm_pipe.weights import weights_sha256
 
@@ -37,7 +37,7 @@ def test_the_search_finds_the_lowest_of_a_convex_error(target):
         assert all(1000 > a > b >= 0 for a, b in zip([*timesteps[:-1], timesteps[-1] + 1], [*timesteps[1:], 0]))
         return sum((t - aim) ** 2 for t, aim in zip(timesteps, target, strict=True))
 
-    found = pattern_search(error, [999, 749, 499, 249], 1000)
+    found = coordinate_search(error, [999, 749, 499, 249], 1000)
     assert all(abs(t - aim) <= 5 for t, aim in zip(found, target, strict=True))
 
 
@@ -49,9 +49,9 @@ def test_the_search_tries_nothing_twice_and_never_ends_above_its_start():
         tried.append(timesteps)
         return hash(tuple(timesteps)) % 1000  # the hash of whole numbers is always the same
 
-    found = pattern_search(error, [18, 9, 0], 20)
+    found = coordinate_search(error, [18, 9, 0], 20)
     assert hash(tuple(found)) % 1000 == min(hash(tuple(each)) % 1000 for each in tried)
-    assert pattern_search(lambda timesteps: 0.0, [1, 0], 2) == [1, 0]
+    assert coordinate_search(lambda timesteps: 0.0, [1, 0], 2) == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_searched_timesteps_come_closer_to_the_exact_solution(scheduler):
         return (x0 - exact).square().mean().sqrt().item()
 
     even = [999, 799, 599, 399, 199]
-    assert error(pattern_search(error, even, 1000)) < 0.7 * error(even)
+    assert error(coordinate_search(error, even, 1000)) < 0.7 * error(even)
 
 
 # ---------------------------------------------------------------- the command

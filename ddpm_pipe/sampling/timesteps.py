@@ -1,8 +1,7 @@
 """Search the timesteps for which a scheduler, in few steps, comes closest to the model's own solution in many.
 
-The search is a pattern search over the timesteps (Hooke & Jeeves 1961). It needs no images and no training: from the
-same noise, a deterministic scheduler approximates the same solution of the probability flow (Song et al. 2021, eq. 13)
-whatever its steps, so their distance is the error of the steps.
+The search needs no images and no training: from the same noise, a deterministic scheduler approximates one solution of
+the probability flow (Song et al. 2021, eq. 13) whatever its steps, so their distance is the error of the steps.
 """
 
 from collections.abc import Callable
@@ -26,11 +25,12 @@ FIRST_SEED = 10**15
 """The first seed of the search; `generate` and `evaluate` draw none of its noise unless told to."""
 
 
-def pattern_search(error: Callable[[list[int]], float], start: list[int], steps: int) -> list[int]:
+def coordinate_search(error: Callable[[list[int]], float], start: list[int], steps: int) -> list[int]:
     """Minimise an error over timesteps, one timestep at a time.
 
-    Each timestep in turn goes up or down by a stride where that lowers the error. When none does, the stride is halved;
-    the first is half the mean distance of the timesteps, and the last is T / 200, but at least 1.
+    Each timestep in turn moves by its stride where that lowers the error, first in the direction of its last move.
+    Where neither direction lowers it, the stride is halved. The first stride is half the mean distance between them,
+    and the search ends when all strides are below T / 200, or 1.
 
     Args:
         error: the function of strictly decreasing timesteps.
@@ -46,14 +46,17 @@ def pattern_search(error: Callable[[list[int]], float], start: list[int], steps:
             errors[tuple(trial)] = error(trial)
         return errors[tuple(trial)] < errors[tuple(best)]
 
-    best, stride = start, max(1, steps // (2 * len(start)))
-    while stride >= max(1, steps // 200):
-        before = best
-        for i in range(len(start)):
-            moved = ([*best[:i], best[i] + change, *best[i + 1 :]] for change in (stride, -stride))
-            best = next(filter(lowers, moved), best)
-        if best == before:
-            stride //= 2
+    best, least = start, max(1, steps // 200)
+    strides = [max(least, steps // (2 * len(start)))] * len(start)
+    while max(map(abs, strides)) >= least:
+        for i, stride in enumerate(strides):
+            for change in (stride, -stride) if abs(stride) >= least else ():
+                trial = [*best[:i], best[i] + change, *best[i + 1 :]]
+                if lowers(trial):
+                    best, strides[i] = trial, change
+                    break
+            else:
+                strides[i] = int(stride / 2)
     return best
 
 
@@ -166,5 +169,5 @@ def search(pipeline: DDPMPipeline, config: TimestepsConfig) -> tuple[list[int], 
             bar.set_postfix(rmse=f"{value:.2f}")
             return value
 
-        found = pattern_search(error, start, pipeline.scheduler.config.num_train_timesteps)
+        found = coordinate_search(error, start, pipeline.scheduler.config.num_train_timesteps)
     return found, held_out.rmse(num_inference_steps=config.steps), held_out.rmse(timesteps=found)
