@@ -16,7 +16,7 @@ from ddpm_pipe.checks import check_choice
 from ddpm_pipe.config import Config, Float, Int, PositiveInt
 from ddpm_pipe.run.files import replace_text, sha256
 from ddpm_pipe.schedulers import DDIMScheduler, DDPMScheduler
-from ddpm_pipe.weights import SAMPLERS_FILE, read_json, weight_files
+from ddpm_pipe.weights import SAMPLERS_FILE, part_folder, read_json, weight_files
 
 OWN_SCHEDULERS = {cls.__name__: cls for cls in (DDPMScheduler, DDIMScheduler)}
 
@@ -142,7 +142,7 @@ class Samplers(Config):
 
     def fit(self, folder: Path, variant: str | None = None) -> bool:
         """Return whether the weights in a pipeline folder are those that these samplers were found for."""
-        found = {path.name: sha256(path) for path in weight_files(folder / "unet", variant)}
+        found = {path.name: sha256(path) for path in weight_files(part_folder(folder, "unet"), variant)}
         return found.items() <= self.unet_sha256.items()
 
     def write(self, folder: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import one_sentence
 from hub_server import HubServer
+from runs import move_to_root
 from test_generate import make_model
 from test_pipeline import ALPHA_BAR, MEAN, STD, final_sample, gaussian_pipe, stock_unet
 
@@ -220,6 +221,16 @@ def test_saving_writes_it_again_and_only_beside_the_same_weights(carrying, tmp_p
     assert DDPMPipeline.from_pretrained(tmp_path / "saved").samplers is None
     assert "was made for other weights than those of" in capsys.readouterr().out
     assert DDPMPipeline.from_pretrained(carrying, unet=pipeline.unet).samplers is None
+
+
+def test_parts_at_the_root_of_a_folder_are_compared_too(carrying, capsys):
+    move_to_root(carrying)
+    assert DDPMPipeline.from_pretrained(carrying).samplers is not None
+    values = json.loads((carrying / "samplers.json").read_text())
+    values["unet_sha256"] = dict.fromkeys(values["unet_sha256"], "0" * 64)
+    (carrying / "samplers.json").write_text(json.dumps(values))
+    assert DDPMPipeline.from_pretrained(carrying).samplers is None
+    assert "was made for other weights than those of" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

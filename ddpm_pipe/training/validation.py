@@ -118,9 +118,11 @@ def sample_grid(config: TrainConfig, pipeline: DDPMPipeline) -> Image.Image:
     unet, count = pipeline.unet, config.num_samples
     options: dict[str, Any] = {}
     columns = math.ceil(math.sqrt(count))
-    sampler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
-    few = config.objective == "consistency"
-    pipeline = DDPMPipeline(unet, make_sampler(config, pipeline.scheduler) if few else sampler)
+    if few := config.objective == "consistency":
+        sampler = make_sampler(config, pipeline.scheduler)
+    else:
+        sampler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    pipeline = DDPMPipeline(unet, sampler)
     pipeline.set_progress_bar_config(disable=True)
     classes = null_class(unet)
     if config.class_conditional and classes is not None:
