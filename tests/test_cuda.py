@@ -50,7 +50,7 @@ def gradients(unet: DDPMUNet2DModel, device: str) -> list[torch.Tensor]:
     t, labels = torch.tensor([0, 300, 700, 999]).to(device), torch.tensor([0, 3, 9, 10]).to(device)
     loss = Objective(DDPMScheduler(prediction_type="v_prediction"))(unet, x0, t, eps, class_labels=labels).mean()
     loss.backward()
-    return [loss.detach().cpu(), *(parameter.grad.cpu() for parameter in unet.parameters())]
+    return [loss.detach().cpu(), *(parameter.grad.cpu().clone() for parameter in unet.parameters())]
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

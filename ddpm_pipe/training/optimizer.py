@@ -97,7 +97,7 @@ class Muon(torch.optim.AdamW):
         return result
 
     def _move(self, matrices: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
-        """Move the matrices, those of one shape together: a GPU takes as long to start a small product as a large one."""
+        """Move the matrices, all of one shape at once: to a GPU a small product takes as long as a large one."""
         momenta = [self._momentum(matrix) for matrix in matrices]
         torch._foreach_mul_(momenta, group["momentum"])
         torch._foreach_add_(momenta, gradients)
