@@ -1,8 +1,8 @@
 """Real processes for little: a parent imports the package once and forks a child for every life of a run.
 
 Run as a program this file is that parent; imported, it is the tests' handle on it. A child does what `python
-examples/train.py ...`, or another program, does, up to the end of the interpreter; only the seconds that importing torch
-takes are shared.
+examples/train.py ...`, or another program, does, up to the end of the interpreter; only the seconds that importing
+torch takes are shared.
 """
 
 import faulthandler

@@ -1,9 +1,9 @@
 """Execute the code of one page of the documentation: `python run_page.py <job>`.
 
-The job is a JSON file with `folder`, in which the code runs, and `blocks` in the order of the page: `where` it stands, and
-either `python`, source whose names all blocks of the page share, or `commands`. A command has its `program` (ddpm_pipe
-or a script of this project), its `argv`, and the flags that make it `small`, or null for one that is not run. The
-flags of every command of the package are checked, whether it is run or not.
+The job is a JSON file with `folder`, in which the code runs, and `blocks` in the order of the page: `where` it stands,
+and either `python`, source whose names all blocks of the page share, or `commands`. A command has its `program`
+(ddpm_pipe or a script of this project), its `argv`, and the flags that make it `small`, or null for one that is not
+run. The flags of every command of the package are checked, whether it is run or not.
 """
 
 import json

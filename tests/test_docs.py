@@ -9,8 +9,11 @@ runs/mine. The Hub is the one of hub_server.py and has the models org/name and o
 
 import json
 import re
+import runpy
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,13 +23,11 @@ from accelerate.commands.launch import launch_command_parser
 from feature_network import feature_file  # noqa: F401
 from hub_server import HubServer
 from lives import Lives
+from PIL import Image
 from runs import NETWORK, REPO, STOCK
 from torch.distributed.run import get_args_parser
 
-from ddpm_pipe.cli import COMMANDS
 from ddpm_pipe.data.memory import load_images
-
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("docs")]
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((REPO / "docs").glob("*.md")))]
 INSTALLERS = ("pip", "git", "cd")
@@ -109,7 +110,11 @@ def job_of(block: Block) -> dict[str, Any]:
     return {
         "where": block.where,
         "commands": [
-            {"program": program, "argv": argv, "small": make_small(program, argv, block.flags) if block.is_run else None}
+            {
+                "program": program,
+                "argv": argv,
+                "small": make_small(program, argv, block.flags) if block.is_run else None,
+            }
             for program, argv in parsed
         ],
     }
@@ -127,10 +132,14 @@ def parent(tmp_path_factory) -> Iterator[Lives]:
         handle.close()
 
 
-def run_page(parent: Lives, folder: Path, blocks: list[dict[str, Any]]) -> None:
+def write_job(folder: Path, blocks: list[dict[str, Any]]) -> Path:
     job = folder.with_suffix(".json")
     job.write_text(json.dumps({"folder": str(folder), "blocks": blocks}))
-    parent.complete(str(job), program="tests/run_page.py")
+    return job
+
+
+def run_page(parent: Lives, folder: Path, blocks: list[dict[str, Any]]) -> None:
+    parent.complete(str(write_job(folder, blocks)), program="tests/run_page.py")
 
 
 def write_images(folder: Path) -> None:
@@ -172,9 +181,97 @@ def place(parent, feature_file, tmp_path_factory) -> Path:  # noqa: F811
 # ---------------------------------------------------------------- the pages
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("docs")  # one worker: what the pages find is made once
 @pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_a_page_runs(page, parent, place, tmp_path):
     blocks = [job_of(block) for block in read_blocks(page) if block.language in ("python", "bash")]
     folder = tmp_path / "page"
     shutil.copytree(place, folder)
     run_page(parent, folder, blocks)
+
+
+def test_every_block_is_read_and_known(repo):
+    for page in PAGES:
+        blocks = read_blocks(page)
+        assert (repo / page).read_text().count("```") == 2 * len(blocks), page
+        assert {block.language for block in blocks} <= {"python", "bash"}, page
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("docs")
+def test_a_wrong_flag_of_a_page_fails(parent, tmp_path):
+    """What is not run is checked nevertheless."""
+    folder = tmp_path / "page"
+    folder.mkdir()
+    for text in (
+        "ddpm-pipe train --data x --batchsize 4",
+        "accelerate launch -m ddpm_pipe generate --model x --seed 1",
+    ):
+        block = Block("a page", "bash", f"{text}\n", "<!-- not run: it is wrong -->\n")
+        life = parent.start(str(write_job(folder, [job_of(block)])), program="tests/run_page.py")
+        assert life.wait() != 0 and "unknown arguments" in life.errors
+    with pytest.raises(SystemExit):
+        without_launcher(["accelerate", "launch", "--processes", "2", "-m", "ddpm_pipe", "train"])
+
+
+# ---------------------------------------------------------------- pictures, links, the site, the notebook
+
+FORMER = {
+    *("sample", "train-on-your-own-images", "data", "a-run-survives-anything", "generate-many-images", "in-few-steps"),
+    *("how-good-is-it", "how-fast-is-it", "more-from-a-trained-model", "share-on-the-hub"),
+    *("checkpoints-of-other-projects", "where-things-are", "licence"),
+}
+"""Headings that the README had in version 0.2.0, to which others may link."""
+
+
+def test_links_to_former_headings_of_the_readme_lead_somewhere(repo):
+    readme = (repo / "README.md").read_text()
+    headings = [
+        re.sub(r"[^a-z ]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", readme, re.M)
+    ]
+    assert set(FORMER) <= {*headings, *re.findall(r'<a id="(.*?)">', readme)}
+
+
+def test_every_picture_has_a_script_that_draws_it(repo):
+    scripts = "".join(path.read_text() for folder in ("docs", "benchmarks") for path in (repo / folder).glob("*.py"))
+    pictures = [path.stem for path in (repo / "docs").rglob("*.png")]
+    assert pictures and not [name for name in pictures if not re.search(rf'[/"]{name}(\.png)?"', scripts)]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("docs")
+def test_the_script_draws_the_pictures_of_the_pages(repo, place, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["docs/pictures.py", str(place / "runs" / "mine"), "--output", str(tmp_path)])
+    runpy.run_path(str(repo / "docs" / "pictures.py"), run_name="__main__")
+    assert {path.name for path in tmp_path.glob("*.png")} == {path.name for path in (repo / "docs/pictures").iterdir()}
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_asks_no_other_server(repo, tmp_path):
+    pytest.importorskip("material", reason="the site needs mkdocs-material")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
+    done = subprocess.run([str(part) for part in command], cwd=repo, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert {f"{Path(page).stem}.html" for page in PAGES[1:]} <= {path.name for path in tmp_path.glob("*.html")}
+    loaded = r"<(?:script|img|link rel=\"(?:stylesheet|preconnect|icon))[^>]*?(?:src|href)=\"?(https?:[^\" >]*)"
+    for page in tmp_path.glob("*.html"):
+        assert not re.findall(loaded, page.read_text()), page.name
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(repo, feature_file, tmp_path):  # noqa: F811
+    nbclient = pytest.importorskip("nbclient", reason="the notebook needs nbclient")
+    nbformat = pytest.importorskip("nbformat", reason="the notebook needs nbformat")
+    notebook = nbformat.read(repo / "examples" / "quickstart.ipynb", as_version=4)
+    assert not [cell for cell in notebook.cells if cell.get("outputs") or cell.get("execution_count")]
+    (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+    values = {"RUN": str(tmp_path / "run"), "STEPS": 2, "IMAGES": 20, "FEATURES": feature_file}
+    assert re.findall(r"^(\w+) =", parameters.source, re.M) == list(values)
+    parameters.source = "\n".join(f"{name} = {value!r}" for name, value in values.items())
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": repo / "examples"}}).execute()
+    pictures = [
+        output for cell in notebook.cells for output in cell.get("outputs", ()) if "image/png" in output.get("data", {})
+    ]
+    assert len(pictures) == 4
+    assert "unet/diffusion_pytorch_model.safetensors" in "".join(output.text for output in notebook.cells[-2].outputs)
