@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 
 from ddpm_pipe import cli
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).resolve().parent.parent
 TRAIN = "examples/train.py"
 
 
