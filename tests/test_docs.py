@@ -35,8 +35,8 @@ PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((REPO / "docs").g
 OTHERS = ("pip", "git", "cd", "source", "ruff", "mypy", "pytest")
 """Programs whose commands are skipped: they prepare what the tests find prepared, or are the tests."""
 SMALL = {
-    "train": "--batch_size 4 --holdout 4 --num_train_timesteps 100 --num_samples 4 --sample_steps 2 --save_every 2 --sample_every 2"
-    f" --tracker none --mixed_precision no --unet '{json.dumps(NETWORK)}'",
+    "train": "--batch_size 4 --holdout 4 --num_train_timesteps 100 --num_samples 4 --sample_steps 2 --save_every 2"
+    f" --sample_every 2 --tracker none --mixed_precision no --unet '{json.dumps(NETWORK)}'",
     "generate": "--seeds 0-3 --batch_size 4 --steps 2",
     "timesteps": "--steps 2 --reference_steps 4 --num_images 2",
     "evaluate": "--features features.pt --num_images 20 --batch_size 20 --steps 2 --bits_terms 2",
