@@ -109,18 +109,11 @@ def job_of(block: Block) -> dict[str, Any]:
     if block.language == "python":
         source = block.source if block.is_run else f"def not_run():\n{indent(block.source, '    ')}"
         return {"where": block.where, "python": source}
-    parsed = [without_launcher(words) for words in commands(block)]
-    return {
-        "where": block.where,
-        "commands": [
-            {
-                "program": program,
-                "argv": argv,
-                "small": make_small(program, argv, block.flags) if block.is_run else None,
-            }
-            for program, argv in parsed
-        ],
-    }
+    done = []
+    for program, argv in map(without_launcher, commands(block)):
+        small = make_small(program, argv, block.flags) if block.is_run else None
+        done.append({"program": program, "argv": argv, "small": small})
+    return {"where": block.where, "commands": done}
 
 
 # ---------------------------------------------------------------- what the pages find
