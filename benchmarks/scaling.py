@@ -1,7 +1,7 @@
 """Speed and memory of training against batch, resolution, images and processes: `python benchmarks/scaling.py`
 
 The small network in bf16, ours and diffusers' recipe. Each point is a process of its own, so that its peak of memory,
-above what the imports take, is its own. Prints tables and writes scaling.png beside this file; a few minutes on a CPU.
+above what the imports take, is its own. Prints tables and writes docs/scaling.png; a few minutes on a CPU.
 """
 
 import json
@@ -95,7 +95,7 @@ def main() -> None:
                 plot.set(xscale="log", xticks=values, xticklabels=values, xlabel=label, ylabel=title, ylim=(0, None))
                 plot.minorticks_off()
     plots[0, 0].legend()
-    figure.savefig(Path(__file__).with_name("scaling.png"), dpi=80)
+    figure.savefig(Path(__file__).parents[1] / "docs" / "scaling.png", dpi=80)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ddpm_pipe import __version__
-from ddpm_pipe.config import FILE_SUFFIXES, parse
+from ddpm_pipe.config import FILE_SUFFIXES, Config, parse
 
 
 class Command(NamedTuple):
@@ -88,19 +88,27 @@ def run(name: str, argv: list[str], defaults: dict[str, Any]) -> None:
     """Parse the config of a command and call its function.
 
     Raises:
+        ValueError: as in `configure`, and what the function raises.
+    """
+    config = configure(name, argv, defaults)
+    load("launch:use_all_cores")()
+    load(COMMANDS[name].function)(config)
+
+
+def configure(name: str, argv: list[str], defaults: dict[str, Any]) -> Config:
+    """Return the config of a command; `argv` is what follows the name of the command.
+
+    Raises:
         ValueError: for an unknown command or preset, or an invalid config.
     """
     if name not in COMMANDS:
         raise ValueError(f"there is no such command; use one of {', '.join(COMMANDS)}.")
-    command = COMMANDS[name]
     if argv and not argv[0].startswith("-") and not argv[0].endswith(FILE_SUFFIXES):
         if argv[0] not in PRESETS:
             known = ", ".join(PRESETS)
             raise ValueError(f"{argv[0]!r} is neither a config file (.yaml, .yml, .json) nor a preset: {known}.")
         argv = [str(PRESETS[argv[0]]), *argv[1:]]
-    config = parse(load(command.config), argv, prog=f"ddpm-pipe {name}", **defaults)
-    load("launch:use_all_cores")()
-    load(command.function)(config)
+    return parse(load(COMMANDS[name].config), argv, prog=f"ddpm-pipe {name}", **defaults)
 
 
 def load(place: str) -> Any:

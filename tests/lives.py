@@ -1,7 +1,8 @@
 """Real processes for little: a parent imports the package once and forks a child for every life of a run.
 
 Run as a program this file is that parent; imported, it is the tests' handle on it. A child does what `python
-examples/train.py ...` does, up to the end of the interpreter; only the seconds that importing torch takes are shared.
+examples/train.py ...`, or another program, does, up to the end of the interpreter; only the seconds that importing
+torch takes are shared.
 """
 
 import faulthandler
@@ -58,17 +59,23 @@ class Life:
 class Lives:
     """The parent of the processes.
 
-    `start` runs the training of a config file in a new process:
+    `environment` is that of the parent, on top of this process's own. `start` runs the training of a config file in a
+    new process:
+        program: the script to run instead of examples/train.py.
         die_in: the write to its folder that it does not survive, by number or by a part of its name (`watch_writes`).
         record: a file to list its writes in.
         limit: most bytes of a file; more is an OSError, as on a full disk. 0 for no limit.
     """
 
-    def __init__(self):
+    def __init__(self, **environment: str):
         self.folder, self.count = Path(tempfile.mkdtemp(prefix="lives-")), 0
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=variables | environment,
         )
 
     def ask(self, **request: Any) -> Any:
@@ -78,6 +85,7 @@ class Lives:
     def start(
         self,
         *argv: str,
+        program: str = "examples/train.py",
         die_in: int | str = 0,
         record: Path | None = None,
         limit: int = 0,
@@ -86,7 +94,7 @@ class Lives:
         self.count += 1
         log = self.folder / str(self.count)
         options = {"die_in": die_in, "record": record and str(record), "limit": limit}
-        pid = self.ask(argv=argv, log=str(log), environment=environment or {}, **options)
+        pid = self.ask(program=program, argv=argv, log=str(log), environment=environment or {}, **options)
         return Life(self, pid, log)
 
     def start_ranks(self, count: int, *argv: str, **options: Any) -> list[Life]:
@@ -157,9 +165,15 @@ def wait(pid: int, timeout: float) -> int | None:
 
 
 def live(
-    argv: list[str], log: str, environment: dict[str, str], die_in: int | str, record: str | None, limit: int
+    program: str,
+    argv: list[str],
+    log: str,
+    environment: dict[str, str],
+    die_in: int | str,
+    record: str | None,
+    limit: int,
 ) -> None:
-    """Be a new process that trains."""
+    """Be a new process that trains, or does what another program does."""
     import resource
 
     import numpy as np
@@ -178,8 +192,8 @@ def live(
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     if die_in or record:
         watch_writes(die_in, record)
-    sys.argv = ["examples/train.py", *argv]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.argv = [program, *argv]
+    runpy.run_path(program, run_name="__main__")
 
 
 def watch_writes(die_in: int | str, record: str | None) -> None:

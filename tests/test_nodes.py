@@ -87,7 +87,7 @@ def start_two(config: TrainConfig, *elastic: str, flags: tuple[str, ...] = ()) -
     """Two processes of one machine, alive until at least the third checkpoint."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *elastic]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # see the README
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # see docs/several_gpus.md
     launcher = subprocess.Popen([*command, "-m", "ddpm_pipe", "train", write_config(config), *flags], env=environment)
     run, deadline = Run(config.output_dir), time.monotonic() + 240
     while max(run.steps(run.checkpoints), default=0) < 3:
