@@ -23,7 +23,7 @@ from ddpm_pipe.training.log import TIMESTEP_BINS, Log, mean_by_timestep, named_m
 from ddpm_pipe.training.loop import load_training_images, train
 from ddpm_pipe.training.recipe import make_scheduler, make_unet
 from ddpm_pipe.training.report import write_report
-from ddpm_pipe.training.validation import held_out_sums, sample_grid
+from ddpm_pipe.training.validation import held_out_sums, samples_of
 
 # ---------------------------------------------------------------- losses by timestep
 
@@ -235,9 +235,9 @@ def test_the_grids_show_the_average_and_the_raw_network(finished):
     average, raw = saved.values()
     assert average.tobytes() != raw.tobytes()
     pipeline = DDPMPipeline.from_pretrained(run / "pipeline")
-    assert sample_grid(config, pipeline).tobytes() == average.tobytes()
+    assert samples_of(config, pipeline).grid().tobytes() == average.tobytes()
     pipeline.unet.load_state_dict(load_file(max((run / "checkpoints").iterdir()) / "unet.safetensors"))
-    assert sample_grid(config, pipeline).tobytes() == raw.tobytes()
+    assert samples_of(config, pipeline).grid().tobytes() == raw.tobytes()
     assert len(list((run / "samples").iterdir())) == 4
 
 
