@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -17,6 +16,7 @@ from ddpm_pipe.run.files import replace_text
 from ddpm_pipe.run.folder import Run
 from ddpm_pipe.training.config import TrainConfig
 from ddpm_pipe.training.diagnosis import diagnose
+from ddpm_pipe.training.tracking import show_images, start_tracker
 
 TIMESTEP_BINS = 10
 
@@ -53,7 +53,7 @@ class Log:
         self.since = (time.perf_counter(), first_step)
         if accelerator.is_main_process:
             self._forget_after(first_step)
-        accelerator.init_trackers("logs")
+        start_tracker(config, accelerator)
 
     def _forget_after(self, step: int) -> None:
         """Delete the log entries and grids later than `step`, the checkpoint that the run resumes from."""
@@ -112,10 +112,8 @@ class Log:
 
     def show(self, step: int, grids: dict[str, Image.Image]) -> None:
         """Send image grids to the tracker."""
-        batches = {name: np.asarray(grid.convert("RGB"))[None] for name, grid in grids.items()}
         for tracker in self.accelerator.trackers:
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images(batches, step=step, **layout)
+            show_images(tracker, grids, step)
 
     def close(self) -> None:
         """End the progress bar."""
