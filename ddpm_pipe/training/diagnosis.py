@@ -112,20 +112,23 @@ def _fall(points: list[tuple[int, float]]) -> tuple[float, float, float] | None:
 
 
 def colours_apart(entries: Sequence[Entry]) -> str | None:
-    """Tell whether the samples of the averaged and of the raw network, from the same noise, differ in mean colour."""
-    compared = [entry for entry in entries if entry.get("colour_gap") is not None]
-    if not compared:
+    """Tell whether the samples of the averaged and of the raw network, from the same noise, differ in mean colour.
+
+    They must differ in the last two grids, because the raw network of a healthy run wavers for a while.
+    """
+    compared = [entry for entry in entries if entry.get("colour_gap") is not None][-2:]
+    if len(compared) < 2:
+        return None
+    if any(entry["colour_gap"] < max(COLOURS_APART, SIGNIFICANT * entry["colour_gap_error"]) for entry in compared):
         return None
     last = compared[-1]
-    if last["colour_gap"] < max(COLOURS_APART, SIGNIFICANT * last["colour_gap_error"]):
-        return None
-    gap = f"by {last['colour_gap']:.1f} standard deviations of the images"
-    told = f"The samples of the averaged and of the raw network differ in mean colour {gap}"
-    if last["colour/average"] > last["colour/raw"]:
-        return f"{told}, and the average is farther from the images: it spans too many steps; lower --ema_decay."
-    return (
-        f"{told}, and the raw network is farther from the images: lower --learning_rate or let --lr_schedule decay it."
+    told = (
+        "The samples of the averaged and of the raw network differ in mean colour by "
+        f"{last['colour_gap']:.1f} standard deviations of that of the images"
     )
+    if last["colour/average"] > last["colour/raw"]:
+        return f"{told}, and the average is farther off: it spans too many steps; lower --ema_decay or --ema_power."
+    return f"{told}, and the raw network is farther off: lower --learning_rate, or let it decay with --lr_schedule."
 
 
 def copies(entries: Sequence[Entry]) -> str | None:

@@ -1,4 +1,4 @@
-"""The trackers that a run logs to beside its folder, by those of Accelerate: how they start, and how they show images."""
+"""The trackers of Accelerate to which a run logs beside its folder: how they start, and how they show images."""
 
 from collections.abc import Mapping
 from pathlib import Path
