@@ -1,12 +1,15 @@
 """What a run tells of itself: each rule on series in closed form, near its edge on either side, and on real runs."""
 
+import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import make_recipe
 
 from ddpm_pipe.data.memory import ImageData
 from ddpm_pipe.objective import Objective
@@ -17,6 +20,7 @@ from ddpm_pipe.training.log import TIMESTEP_BINS
 from ddpm_pipe.training.loop import train
 from ddpm_pipe.training.recipe import make_scheduler
 from ddpm_pipe.training.report import write_report
+from ddpm_pipe.training.validation import mean_signal
 
 LEVELS = [f"t_{i}0%" for i in range(TIMESTEP_BINS)]
 SIGNAL = {name: 1 - (i + 0.5) / TIMESTEP_BINS for i, name in enumerate(LEVELS)}
@@ -60,7 +64,7 @@ def test_a_held_out_loss_rises_where_two_checks_lie_above_the_lowest(losses, ris
 
 @pytest.mark.parametrize(("errors", "rises"), [(3.1, True), (2.9, False)])
 def test_a_rise_must_exceed_three_standard_errors_of_its_levels(errors, rises):
-    """The last rise is 2 r with the scatter 2 s of its levels, the one before it r with s, so their errors are alike."""
+    """The second rise and its scatter over the levels are twice the first."""
     rise = 0.05
     scatter = rise / errors * math.sqrt(TIMESTEP_BINS)
     assert bool(states(held_out(1.0, 1 + rise, 1 + 2 * rise, tilt=scatter))) == rises
@@ -215,10 +219,6 @@ def test_samples_of_any_mode_become_pixels(mode):
 
 
 # ---------------------------------------------------------------- real runs
-
-
-def told(run: Path) -> list[tuple[int, list[str]]]:
-    return [(entry["step"], entry["diagnosis"]) for entry in Run(run).read_metrics() if "diagnosis" in entry]
 
 
 @pytest.mark.slow
