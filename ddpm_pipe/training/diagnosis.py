@@ -20,13 +20,16 @@ COLOURS_APART = 0.5
 COPIES = 1 / 3
 """Smallest share of samples that are nearer to a training image than 95 % of the test images are."""
 FALL = 0.1
-"""Smallest fall of the loss of most noise levels from the third to the last quarter of the run so far."""
-STALLED = 1 / 5
+"""Smallest fall of the loss of most noise levels, in logarithms, from the second quarter of the run so far to the rest."""
+STALLED = 1 / 2
 """Largest fall of a level that stalls, relative to that of most others."""
-LEAST_SIGNAL = 0.02
-"""Mean alpha_bar below which a noise level is not judged, because it shows too little of the image to learn."""
+LEAST_SIGNAL, MOST_SIGNAL = 0.02, 0.95
+"""Mean alpha_bar below and above which a noise level is not judged: there is too little of the image to learn from, or
+too little noise to be told from the grain of the image."""
+NOISY = 0.2
+"""Mean alpha_bar below which composition and colour are decided."""
 FEWEST = 4
-"""Fewest values of a level in a quarter of the run."""
+"""Fewest values of a level in a quarter of the run so far."""
 
 
 def diagnose(entries: Sequence[Entry], signal: Mapping[str, float]) -> dict[str, str]:
@@ -76,8 +79,8 @@ def _has_risen(before: Entry, after: Entry) -> bool:
 def level_stalls(entries: Sequence[Entry], signal: Mapping[str, float]) -> str | None:
     """Tell whether the training loss of one noise level stays where it is while that of most others falls.
 
-    The loss of the third quarter of the run so far is compared with that of the last quarter. A level that has fallen
-    since the first entry by half as much as most others (in logarithms) has converged and does not stall.
+    The loss of the second quarter of the run so far is compared with that of its second half. A level that has fallen
+    since the first entry by half as much as most others, in logarithms, has converged and does not stall.
     """
     rows = [entry for entry in entries if entry.get("loss") is not None]
     levels = {
@@ -86,28 +89,29 @@ def level_stalls(entries: Sequence[Entry], signal: Mapping[str, float]) -> str |
     falls = {name: fall for name, fall in levels.items() if fall is not None}
     for name, (fall, error, learnt) in falls.items():
         others = [other for key, other in falls.items() if key != name]
-        if len(others) < 2 or signal[name] < LEAST_SIGNAL:
+        if len(others) < 2 or not LEAST_SIGNAL <= signal[name] <= MOST_SIGNAL:
             continue
         usual = median(other[0] for other in others)
         converged = learnt > median(other[2] for other in others) / 2
         if usual > FALL and fall + 2 * error < STALLED * usual and not converged:
+            noisy = "--prediction_type v_prediction, --beta_schedule cosine and --loss_weight none"
+            remedy = noisy if signal[name] < NOISY else "more channels or attention in --unet, or more --steps"
             return (
                 f"The loss of noise level {name} does not fall, while that of most others has fallen by "
-                f"{1 - math.exp(-usual):.0%} since the middle of the run; set --loss_weight none or draw its timesteps "
-                "more often with --timestep_sampling loss_second_moment."
+                f"{1 - math.exp(-usual):.0%} since the first half of the run; try {remedy}."
             )
     return None
 
 
 def _fall(points: list[tuple[int, float]]) -> tuple[float, float, float] | None:
-    """Return ln(third quarter / last quarter), its standard error, and ln(first value / last quarter) of a loss."""
+    """Return ln(second quarter / second half), its standard error, and ln(first value / second half) of a loss."""
     last = points[-1][0] if points else 0
-    third = [loss for step, loss in points if last / 2 < step <= 3 * last / 4]
-    fourth = [loss for step, loss in points if 3 * last / 4 < step]
-    if min(len(third), len(fourth)) < FEWEST or min(points, key=lambda point: point[1])[1] <= 0:
+    before = [loss for step, loss in points if last / 4 < step <= last / 2]
+    after = [loss for step, loss in points if last / 2 < step]
+    if min(len(before), len(after)) < FEWEST or min(points, key=lambda point: point[1])[1] <= 0:
         return None
-    means = fmean(third), fmean(fourth)
-    errors = [stdev(part) / mean / math.sqrt(len(part)) for part, mean in zip((third, fourth), means)]
+    means = fmean(before), fmean(after)
+    errors = [stdev(part) / mean / math.sqrt(len(part)) for part, mean in zip((before, after), means)]
     return math.log(means[0] / means[1]), math.hypot(*errors), math.log(points[0][1] / means[1])
 
 
