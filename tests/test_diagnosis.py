@@ -226,15 +226,15 @@ def test_samples_of_any_mode_become_pixels(mode):
 @pytest.mark.slow
 def test_an_average_that_is_too_long_is_told_once_and_again_after_a_kill(recipe, capsys):
     config = recipe(
-        steps=40, sample_every=10, save_every=10, log_every=10, keep_last=9, learning_rate=1e-2,
-        ema_decay=0.9999, ema_power=3.0, num_samples=16, sample_steps=5,
+        steps=160, sample_every=40, save_every=40, log_every=40, keep_last=9, learning_rate=3e-3,
+        prediction_type="v_prediction", ema_decay=0.9999, ema_power=3.0, num_samples=16, sample_steps=5,
     )  # fmt: skip
     run = Run(train(config).parent)
     printed = [line for line in capsys.readouterr().out.splitlines() if "--ema_decay" in line]
     entries = run.read_metrics()
     ((step, (sentence,)),) = told(entries)
-    assert printed == [f"step {step}: {sentence}"] and step >= 20
-    for later in range(step, 50, 10):
+    assert printed == [f"step {step}: {sentence}"] and step >= 80
+    for later in range(step, 200, 40):
         shutil.rmtree(run.checkpoint(later), ignore_errors=True)
     train(config.replace(resume=True))
     assert told(run.read_metrics()) == [(step, [sentence])]
@@ -261,5 +261,5 @@ def test_the_report_shows_the_sentences(tmp_path):
     for entries in (held_out(1.0, 0.5, 0.6), [*held_out(1.0, 0.5, 0.6), {"step": 300, "diagnosis": ["A sentence."]}]):
         run.metrics.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
         pictures.append(np.asarray(Image.open(write_report(run)).convert("L")))
-    bottom = slice(-25, None)
-    assert (pictures[0][bottom] < 128).sum() < (pictures[1][bottom] < 128).sum()
+    corners = [picture[-18:, 10:100] for picture in pictures]
+    assert (corners[0] == 255).all() and (corners[1] < 128).any()
