@@ -56,9 +56,10 @@ def measure(name: str, folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
+    columns = ["run", "channels", "batch", "image", "precision", "steps", "predicted s", "measured s", "ratio"]
+    columns += ["predicted MiB", "measured MiB", "ratio"]
     print(f"load before: {os.getloadavg()}")
     with tempfile.TemporaryDirectory() as folder:
-        rows = [measure(name, Path(folder) / str(i)) for i, name in enumerate(RUNS)]
+        rows = (measure(name, Path(folder) / str(i)) for i, name in enumerate(RUNS))
+        table(f"Budget {BUDGET}", columns, rows)  # prints each row when it is measured
     print(f"load after: {os.getloadavg()}")
-    columns = ["run", "channels", "batch", "image", "precision", "steps", "predicted s", "measured s", "ratio"]
-    table(f"Budget {BUDGET}", [*columns, "predicted MiB", "measured MiB", "ratio"], rows)

@@ -20,7 +20,7 @@ COLOURS_APART = 0.5
 COPIES = 1 / 3
 """Smallest share of samples that are nearer to a training image than 95 % of the test images are."""
 FALL = 0.1
-"""Smallest fall of the loss of most levels, in logarithms, from the second quarter of the run so far to what follows."""
+"""Smallest fall of the loss of most levels, in logarithms, from the second quarter of the run so far to the rest."""
 STALLED = 1 / 2
 """Largest fall of a level that stalls, relative to that of most others."""
 LEAST_SIGNAL, MOST_SIGNAL = 0.02, 0.95
