@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -34,7 +34,7 @@ def median(times: list[float]) -> float:
     return statistics.median(times)
 
 
-def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+def table(title: str, columns: list[str], rows: Iterable[list[str]]) -> None:
     """Print Markdown."""
     print(f"\n{title}\n")
     for row in (columns, ["---"] * len(columns), *rows):

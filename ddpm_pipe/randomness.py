@@ -21,6 +21,7 @@ STREAMS = (
     "health",
     "bound",
     "dropout_keys",
+    "comparison",
 )
 """What randomness is used for. The position of a name is part of the seed, so append new names at the end."""
 

@@ -2,7 +2,12 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -23,7 +28,8 @@ from ddpm_pipe.training.log import TIMESTEP_BINS, Log, mean_by_timestep, named_m
 from ddpm_pipe.training.loop import load_training_images, train
 from ddpm_pipe.training.recipe import make_scheduler, make_unet
 from ddpm_pipe.training.report import write_report
-from ddpm_pipe.training.validation import held_out_sums, sample_grid
+from ddpm_pipe.training.tracking import choose_tracker
+from ddpm_pipe.training.validation import held_out_sums, samples_of
 
 # ---------------------------------------------------------------- losses by timestep
 
@@ -235,9 +241,9 @@ def test_the_grids_show_the_average_and_the_raw_network(finished):
     average, raw = saved.values()
     assert average.tobytes() != raw.tobytes()
     pipeline = DDPMPipeline.from_pretrained(run / "pipeline")
-    assert sample_grid(config, pipeline).tobytes() == average.tobytes()
+    assert samples_of(config, pipeline).grid().tobytes() == average.tobytes()
     pipeline.unet.load_state_dict(load_file(max((run / "checkpoints").iterdir()) / "unet.safetensors"))
-    assert sample_grid(config, pipeline).tobytes() == raw.tobytes()
+    assert samples_of(config, pipeline).grid().tobytes() == raw.tobytes()
     assert len(list((run / "samples").iterdir())) == 4
 
 
@@ -283,6 +289,9 @@ def test_the_held_out_loss_is_the_mean_of_its_ranges(small):
     assert min(ranges) < losses["held_out_loss"] < max(ranges)
 
 
+# ---------------------------------------------------------------- trackers
+
+
 def test_tensorboard_shows_loss_rate_speed_and_grids(recipe):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -298,3 +307,60 @@ def test_tensorboard_shows_loss_rate_speed_and_grids(recipe):
     with Image.open(run.grids(6)["average"]) as grid:
         shown = events.Images("average")[-1]
         assert (shown.width, shown.height) == grid.size
+
+
+def tracked(tracker: str, folder: Path, **environment: str) -> Run:
+    """A run with a tracker in a process of its own, which asks nothing of the network."""
+    pytest.importorskip(tracker)
+    command = [sys.executable, str(Path(__file__).with_name("tracked_run.py")), tracker, str(folder / "run")]
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment
+    done = subprocess.run(command, cwd=folder, env=offline, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "[]" in done.stdout.splitlines(), "addresses of the network"
+    return Run(folder / "run")
+
+
+def assert_shows(picture: Path, run: Run, step: int, name: str) -> None:
+    """The picture is the grid of this name that the run drew at a step."""
+    with Image.open(picture) as shown, Image.open(run.grids(step)[name]) as grid:
+        assert shown.convert("RGB").tobytes() == grid.convert("RGB").tobytes()
+
+
+@pytest.mark.slow
+def test_wandb_offline_keeps_losses_and_grids(tmp_path):
+    run = tracked("wandb", tmp_path, WANDB_MODE="offline")
+    (folder,) = (run.folder / "logs" / "wandb").glob("offline-run-*")
+    (record,) = folder.glob("run-*.wandb")
+    logged = record.read_bytes()
+    assert b"ddpm_pipe" in logged
+    for name in ("loss", "held_out_loss", "gradient_norm"):
+        values = [entry[name] for entry in run.read_metrics() if name in entry]
+        assert len(values) >= 2 and all(json.dumps(value).encode() in logged for value in values), name
+    for step in (3, 6):
+        for name in ("average", "raw"):
+            (picture,) = (folder / "files" / "media" / "images").glob(f"{name}_{step}_*.png")
+            assert_shows(picture, run, step, name)
+
+
+@pytest.mark.slow
+def test_trackio_keeps_losses_and_grids(tmp_path):
+    run = tracked("trackio", tmp_path, TRACKIO_DIR=str(tmp_path / "trackio"))
+    with closing(sqlite3.connect(tmp_path / "trackio" / "ddpm_pipe.db")) as database:
+        rows = database.execute("select run_name, step, metrics from metrics order by id").fetchall()
+    assert {name for name, _, _ in rows} == {"run"}
+    logged = [{"step": step} | json.loads(values) for _, step, values in rows]
+    pictures = [entry for entry in logged if "average" in entry]
+    assert [entry for entry in logged if entry not in pictures] == run.read_metrics()
+    assert [entry["step"] for entry in pictures] == [3, 6]
+    for entry in pictures:
+        for name in ("average", "raw"):
+            file = tmp_path / "trackio" / "media" / entry[name]["file_path"]
+            assert_shows(file, run, entry["step"], name)
+
+
+def test_a_tracker_that_is_not_installed_is_one_sentence(monkeypatch):
+    assert choose_tracker("none") is None
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [])
+    assert choose_tracker("auto") is None
+    with one_sentence("tracker='trackio' is not installed", "pip install trackio"):
+        choose_tracker("trackio")

@@ -4,9 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
+from ddpm_pipe.data import neighbours
 from ddpm_pipe.data.memory import ImageData
-from ddpm_pipe.evaluation import neighbours
-from ddpm_pipe.evaluation.neighbours import nearest, neighbour_grid, without_copies
+from ddpm_pipe.data.neighbours import nearest, neighbour_grid, without_copies
 
 
 def pixels(count: int, channels: int = 3, seed: int = 0) -> torch.Tensor:
@@ -21,7 +21,7 @@ def data_of(images: torch.Tensor) -> ImageData:
 
 @pytest.mark.parametrize("block", [1, 7, 50, 4096])
 def test_neighbours_are_those_of_brute_force(monkeypatch, block):
-    monkeypatch.setattr(neighbours, "BLOCK", block)
+    monkeypatch.setattr(neighbours, "PIXELS", block * 3 * 5 * 4)
     images, training = pixels(6), pixels(50, seed=1)
     distances, positions = nearest(images, data_of(training), 3)
     differences = images[:, None].double() - training[None].double()
@@ -43,7 +43,7 @@ def test_a_copy_has_distance_zero_and_shows_its_original():
 
 
 def test_copies_are_left_out_to_the_bit(monkeypatch):
-    monkeypatch.setattr(neighbours, "BLOCK", 7)
+    monkeypatch.setattr(neighbours, "PIXELS", 7 * 3 * 5 * 4)
     training, images = pixels(20), pixels(24, seed=1)
     images[[0, 9, 23]] = training[[2, 2, 19]]
     kept = without_copies(data_of(images), data_of(training))

@@ -17,11 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm_pipe.data.memory import ImageData, load_images
+from ddpm_pipe.data.neighbours import nearest, neighbour_grid, without_copies
 from ddpm_pipe.evaluation.bits import check_bound, measure_bits
 from ddpm_pipe.evaluation.config import EvaluateConfig
 from ddpm_pipe.evaluation.features import FeatureNetwork, extract, load_features, reference_features
 from ddpm_pipe.evaluation.metrics import check_features, evaluate_features, import_torchmetrics
-from ddpm_pipe.evaluation.neighbours import nearest, neighbour_grid, without_copies
 from ddpm_pipe.evaluation.results import Metric, Point, Results
 from ddpm_pipe.launch import processes
 from ddpm_pipe.pipeline import PixelDiffusionPipeline

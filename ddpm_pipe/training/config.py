@@ -195,8 +195,8 @@ class OutputConfig(Config):
     """classifier-free guidance of a grid"""
     log_every: PositiveInt = 20
     """optimizer steps between log entries"""
-    tracker: Literal["auto", "none", "tensorboard", "wandb"] = "auto"
-    """where the log goes besides the run folder; auto means tensorboard where it is installed"""
+    tracker: Literal["auto", "none", "tensorboard", "wandb", "trackio"] = "auto"
+    """where the log and the grids go besides the run folder; auto means tensorboard where it is installed"""
     push_to: str | None = None
     """repository on the Hub, org/name, to push to every push_every steps"""
     push_every: NonNegativeInt = 0

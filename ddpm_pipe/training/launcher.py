@@ -8,12 +8,12 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
-    is_tensorboard_available,
     parse_flag_from_env,
 )
 
 from ddpm_pipe.launch import PATIENCE
 from ddpm_pipe.training.config import TrainConfig
+from ddpm_pipe.training.tracking import choose_tracker
 
 UNSUPPORTED = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -55,11 +55,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """Make the Accelerator with the precision and the tracker that the config names or, for auto, the machine allows.
 
     Raises:
-        ValueError: for fp16 without a CUDA device.
+        ValueError: for fp16 without a CUDA device, or a tracker that is not installed.
     """
-    tracker = config.tracker
-    if tracker == "auto":
-        tracker = "tensorboard" if is_tensorboard_available() else "none"
     precision = config.mixed_precision
     if precision == "auto":
         precision = "bf16" if _computes_bf16() else "no"
@@ -74,7 +71,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             InitProcessGroupKwargs(timeout=PATIENCE),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # saves one copy of the gradients
         ],
-        log_with=None if tracker == "none" else tracker,
+        log_with=choose_tracker(config.tracker),
         project_dir=config.output_dir,
     )
 

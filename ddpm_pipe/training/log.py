@@ -3,8 +3,9 @@
 import json
 import math
 import time
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -14,6 +15,8 @@ from tqdm.auto import tqdm
 from ddpm_pipe.run.files import replace_text
 from ddpm_pipe.run.folder import Run
 from ddpm_pipe.training.config import TrainConfig
+from ddpm_pipe.training.diagnosis import diagnose
+from ddpm_pipe.training.tracking import show_images, start_tracker
 
 TIMESTEP_BINS = 10
 
@@ -50,7 +53,7 @@ class Log:
         self.since = (time.perf_counter(), first_step)
         if accelerator.is_main_process:
             self._forget_after(first_step)
-        accelerator.init_trackers("logs")
+        start_tracker(config, accelerator)
 
     def _forget_after(self, step: int) -> None:
         """Delete the log entries and grids later than `step`, the checkpoint that the run resumes from."""
@@ -85,16 +88,32 @@ class Log:
         """Write values to the tracker and, on the main process, to metrics.jsonl, with null for values not finite."""
         self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
-            entry = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            with self.run.metrics.open("a") as file:
-                file.write(json.dumps({"step": step} | entry) + "\n")
+            self._append(step, {name: value if math.isfinite(value) else None for name, value in values.items()})
+
+    def _append(self, step: int, entry: dict[str, Any]) -> None:
+        with self.run.metrics.open("a") as file:
+            file.write(json.dumps({"step": step} | entry) + "\n")
+
+    def has(self, step: int, name: str) -> bool:
+        """Return whether metrics.jsonl has a value of this name at a step."""
+        return any(entry["step"] == step and name in entry for entry in self.run.read_metrics())
+
+    def tell(self, step: int, since: int, signal: Mapping[str, float]) -> None:
+        """Print what holds of the run since this step, and did not after step `since`, and write it to metrics.jsonl.
+
+        `signal` is what `diagnose` asks for.
+        """
+        entries = self.run.read_metrics()
+        before = diagnose([entry for entry in entries if entry["step"] <= since], signal)
+        sentences = [told for state, told in diagnose(entries, signal).items() if state not in before]
+        if sentences and not self.has(step, "diagnosis"):
+            self._append(step, {"diagnosis": sentences})
+            print("\n".join(f"step {step}: {told}" for told in sentences))
 
     def show(self, step: int, grids: dict[str, Image.Image]) -> None:
         """Send image grids to the tracker."""
-        batches = {name: np.asarray(grid.convert("RGB"))[None] for name, grid in grids.items()}
         for tracker in self.accelerator.trackers:
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images(batches, step=step, **layout)
+            show_images(tracker, grids, step)
 
     def close(self) -> None:
         """End the progress bar."""

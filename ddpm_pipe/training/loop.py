@@ -93,7 +93,7 @@ def run_steps(config: TrainConfig, accelerator: Accelerator, run: Run, interrupt
         return
     batches = data.batches(config.batch_size, config.seed)
     log = Log(config, accelerator, run, first)
-    validation = Validation(config, objective, held_out, log)
+    validation = Validation(config, objective, data, held_out, log)
     pusher = Pusher(PushConfig(run=str(run), repo=config.push_to or "none", public=config.push_public))
 
     with interruption:

@@ -16,7 +16,7 @@ from ddpm_pipe.training.launcher import make_accelerator
 from ddpm_pipe.training.recipe import TrainingLoss, make_objective, make_scheduler, make_unet
 from ddpm_pipe.training.state import TrainState
 from ddpm_pipe.training.step import training_step
-from ddpm_pipe.training.validation import FAILURES, draw_grids
+from ddpm_pipe.training.validation import FAILURES, draw_samples
 
 try:
     import resource
@@ -98,7 +98,7 @@ def _showing_seconds(config: TrainConfig, state: TrainState, objective: Training
     try:
         for _ in range(2):  # the first one allocates and chooses kernels
             start = _now()
-            draw_grids(config.replace(sample_steps=1), state, objective)
+            draw_samples(config.replace(sample_steps=1), state, objective)
             seconds = _now() - start
     except FAILURES:
         return 0.0

@@ -1,5 +1,6 @@
 """Plots of the metrics of a run."""
 
+import textwrap
 from pathlib import Path
 
 from ddpm_pipe.run.folder import Run
@@ -7,6 +8,8 @@ from ddpm_pipe.run.folder import Run
 
 def write_report(run: Run) -> Path:
     """Draw loss, loss by timestep, gradient norm, learning rate and speed into `<run>/report.png`.
+
+    Below them are the sentences that the run told of itself, with the steps at which they began to hold.
 
     Raises:
         ValueError: where the run has no metrics.
@@ -36,5 +39,8 @@ def write_report(run: Run) -> Path:
     draw(axes[1, 0], ["gradient_norm"], "gradient norm", log=True)
     draw(axes[1, 1], ["learning_rate"], "learning rate")
     draw(axes[1, 2], ["images_per_second"], "images per second")
+    told = [f"step {entry['step']}: {sentence}" for entry in entries for sentence in entry.get("diagnosis", ())]
+    if told:
+        figure.supxlabel("\n".join(textwrap.fill(line, 200) for line in told), x=0.01, ha="left", fontsize="small")
     figure.savefig(run.report, dpi=100)
     return run.report

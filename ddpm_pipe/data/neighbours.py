@@ -1,6 +1,7 @@
 """Find the training images nearest to each sample, as numbers and as a picture, to tell whether samples are copies."""
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from ddpm_pipe.data.memory import ImageData
 
-BLOCK = 4096  # training images compared at a time
+PIXELS = 2**22
+"""Pixel values of the training images that are compared at a time: 32 MiB in double precision."""
 
 
 def nearest(images: Tensor, data: ImageData, count: int) -> tuple[Tensor, Tensor]:
@@ -35,7 +37,7 @@ def nearest(images: Tensor, data: ImageData, count: int) -> tuple[Tensor, Tensor
         )
     rows = images.flatten(1).double()
     best = torch.full((len(rows), 0), 0.0, dtype=torch.float64), torch.zeros(len(rows), 0, dtype=torch.long)
-    for positions in torch.arange(len(data)).split(BLOCK):
+    for positions in _blocks(data):
         block = torch.cdist(rows, data.take(positions)[0].flatten(1).double(), compute_mode="use_mm_for_euclid_dist")
         distances, places = torch.cat([best[0], block], 1), torch.cat([best[1], positions.expand(len(rows), -1)], 1)
         top = distances.topk(min(count, distances.shape[1]), largest=False)
@@ -50,8 +52,12 @@ def without_copies(data: ImageData, training: ImageData) -> ImageData:
     return replace(data, rows=data.rows[torch.tensor([digest not in copies for digest in digests], dtype=torch.bool)])
 
 
+def _blocks(data: ImageData) -> tuple[Tensor, ...]:
+    return torch.arange(len(data)).split(max(1, PIXELS // math.prod(data.shape)))
+
+
 def _digests(data: ImageData) -> Iterator[bytes]:
-    for positions in torch.arange(len(data)).split(BLOCK):
+    for positions in _blocks(data):
         yield from (hashlib.sha256(image.numpy()).digest() for image in data.take(positions)[0])
 
 
