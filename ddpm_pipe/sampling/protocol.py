@@ -18,7 +18,7 @@ from ddpm_pipe.compatibility import check_scheduler
 from ddpm_pipe.pipeline import null_class
 from ddpm_pipe.pretrained import DDPMPipeline
 from ddpm_pipe.samplers import OWN_SCHEDULERS, Sampler, accepted_keys, make_scheduler
-from ddpm_pipe.sampling.config import SCHEDULERS, SampleConfig
+from ddpm_pipe.sampling.config import SCHEDULERS, ModelConfig, SampleConfig
 from ddpm_pipe.sharing.privacy import shared_name
 from ddpm_pipe.weights import weights_sha256
 
@@ -90,11 +90,12 @@ def label_cycle(unet: ModelMixin, class_labels: str | None) -> list[int] | None:
 # ---------------------------------------------------------------- the model and its protocol
 
 
-def pipeline_for(config: SampleConfig) -> DDPMPipeline:
-    """Load the model of the config onto the CPU, and give it the scheduler of the config.
+def load_model(config: ModelConfig) -> DDPMPipeline:
+    """Load the model of the config onto the CPU.
 
     Raises:
-        ValueError: for a model, scheduler, option or number of steps that is not valid.
+        ValueError: for a model or revision that is not valid, or files that are damaged.
+        OSError: where a repository or revision does not exist or may not be read.
     """
     local = Path(config.model).is_dir()
     if local and config.revision is not None:
@@ -105,7 +106,16 @@ def pipeline_for(config: SampleConfig) -> DDPMPipeline:
         folder = config.model if local else DDPMPipeline.download(config.model, revision=config.revision)
     except HFValidationError as error:
         raise ValueError(f"model={config.model!r} is neither a folder here nor the id of a repository.") from error
-    pipeline = DDPMPipeline.from_pretrained(folder, torch_dtype=getattr(torch, config.dtype))
+    return DDPMPipeline.from_pretrained(folder, torch_dtype=getattr(torch, config.dtype))
+
+
+def pipeline_for(config: SampleConfig) -> DDPMPipeline:
+    """Load the model of the config onto the CPU, and give it the scheduler of the config.
+
+    Raises:
+        ValueError: for a model, scheduler, option or number of steps that is not valid.
+    """
+    pipeline = load_model(config)
     pipeline.set_progress_bar_config(disable=True)
     if config.compile != "none":
         pipeline.unet.compile(mode=config.compile)
