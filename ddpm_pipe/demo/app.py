@@ -1,6 +1,7 @@
 """The page: its layout, what its buttons do, and how it is served."""
 
 import html
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,10 +36,17 @@ PIXELS = 2**20
 """Largest number of pixels of all images that the page draws in one call."""
 
 CSS = """
-.gradio-container {max-width: 1200px !important; margin: 0 auto !important;}
+main.fillable {width: 100%; max-width: 1200px !important;}
 .pixelated img, .pixelated canvas {image-rendering: pixelated;}
 .picture img {width: 100%; height: 100%; object-fit: contain;}
+.results .grid-wrap {min-height: 20rem; max-height: none; overflow-y: visible;}
+.results .grid-container {grid-template-rows: auto;}
+.results .caption-label {padding: 0 0.3rem; font-size: 0.7rem; opacity: 0.85;}
+@media (max-width: 600px) {.results .grid-container {grid-template-columns: repeat(3, minmax(0, 1fr));}}
 """
+
+FONT = (gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "sans-serif")
+"""A font that Gradio brings along, in weights that have Latin letters."""
 
 SMALL = 200
 """Images whose longer side has fewer pixels are shown with the edges of their pixels, and larger ones smoothly."""
@@ -73,7 +81,9 @@ def serve(blocks: gr.Blocks, config: DemoConfig) -> None:
         ssr_mode=False,
         run_history=False,
         footer_links=[],
-        theme=gr.themes.Default(primary_hue="indigo", neutral_hue="slate"),
+        theme=gr.themes.Default(
+            primary_hue="indigo", neutral_hue="slate", font=FONT, font_mono=("ui-monospace", "monospace")
+        ),
         css=CSS,
     )
 
@@ -95,7 +105,7 @@ def answers(function: Callable[..., Any]) -> Callable[..., Any]:
             reason = "The memory of the device is too small for so many images; draw fewer at a time."
         except ValueError as error:
             reason = html.escape(str(error), quote=False)
-        raise gr.Error(reason, title="This cannot be drawn", print_exception=False)
+        raise gr.Error(reason, print_exception=False)
 
     return answer
 
@@ -216,9 +226,13 @@ class Page:
         with gr.Row():
             with gr.Column():
                 image = gr.Image(
-                    label="Image", type="pil", format="png", sources=["upload", "clipboard"], height=320,
+                    label="Image",
+                    type="pil",
+                    format="png",
+                    sources=["upload", "clipboard"],
+                    height=320,
                     elem_classes=[*self.look, "picture"],
-                )  # fmt: skip
+                )
                 first = gr.Button("Draw one from the seed", size="sm")
             with gr.Column():
                 strength = gr.Slider(0.05, 1, 0.5, step=0.05, label="Strength", info="How much is drawn anew.")
@@ -232,11 +246,20 @@ class Page:
         with gr.Row():
             with gr.Column():
                 image = gr.ImageEditor(
-                    label="Paint over what is to be drawn anew", type="pil", image_mode="RGBA", format="png",
-                    sources=["upload", "clipboard"], transforms=(), layers=False, height=520,
-                    brush=gr.Brush(default_size=60, colors=["#e11d48"], color_mode="fixed"), buttons=[],
-                    canvas_size=(448, 448), elem_classes=self.look, elem_id="painted",
-                )  # fmt: skip
+                    label="Paint over what is to be drawn anew",
+                    type="pil",
+                    image_mode="RGBA",
+                    format="png",
+                    sources=["upload", "clipboard"],
+                    transforms=(),
+                    layers=False,
+                    height=520,
+                    brush=gr.Brush(default_size=60, colors=["#e11d48"], color_mode="fixed"),
+                    buttons=[],
+                    canvas_size=(448, 448),
+                    elem_classes=self.look,
+                    elem_id="painted",
+                )
                 first = gr.Button("Draw one from the seed", size="sm")
             with gr.Column():
                 times = gr.Slider(
@@ -256,11 +279,15 @@ class Page:
         with gr.Row():
             x_t, x0 = (
                 gr.Image(
-                    label=label, format="png", interactive=False, height=320, buttons=["download", "fullscreen"],
+                    label=label,
+                    format="png",
+                    interactive=False,
+                    height=320,
+                    buttons=["download", "fullscreen"],
                     elem_classes=[*self.look, "picture"],
                 )
                 for label in ("Noisy image x_t", "Estimate of x0")
-            )  # fmt: skip
+            )
         code = self.code()
         frames = gr.State([])
 
@@ -269,17 +296,29 @@ class Page:
             seen = watch(self.model, call)
             middle = (len(seen) + 1) // 2
             slider = gr.Slider(minimum=1, maximum=len(seen), value=middle, interactive=True)
-            return seen, slider, *show(seen, middle), call.code(self.model)
+            return seen, slider, *show(seen, middle), gr.Code(call.code(self.model), visible=True)
 
         def show(seen: list[Frame], place: int) -> Frame:
             return seen[place - 1]
 
         outputs = [frames, position, title, x_t, x0, code]
-        button.click(answers(begin), self.settings, outputs, concurrency_id="model", api_name="watch")
+        button.click(
+            answers(begin),
+            self.settings,
+            outputs,
+            concurrency_id="model",
+            show_progress_on=[x_t, x0],
+            api_name="watch",
+        )
         position.input(
-            show, [frames, position], [title, x_t, x0],
-            queue=False, show_progress="hidden", trigger_mode="always_last", api_visibility="private",
-        )  # fmt: skip
+            show,
+            [frames, position],
+            [title, x_t, x0],
+            queue=False,
+            show_progress="hidden",
+            trigger_mode="always_last",
+            api_visibility="private",
+        )
 
     # ------------------------------------------------------------ parts of tabs
 
@@ -289,15 +328,19 @@ class Page:
 
     def code(self) -> gr.Code:
         """Add the place for the code."""
-        return gr.Code(label="The same in Python", language="python", interactive=False)
+        return gr.Code(label="The same in Python", language="python", interactive=False, visible=False)
 
     def results(self) -> list[gr.components.Component]:
         """Add the places for images, their zip file and their code."""
         images = gr.Gallery(
-            label="Images", format="png", columns=4, height="auto", object_fit="contain", interactive=False,
-            buttons=["download", "fullscreen"], elem_classes=[*self.look, "results"],
-        )  # fmt: skip
-        return [images, gr.DownloadButton("Download images and code", interactive=False), self.code()]
+            show_label=False,
+            format="png",
+            object_fit="contain",
+            interactive=False,
+            buttons=["download", "fullscreen"],
+            elem_classes=[*self.look, "results"],
+        )
+        return [images, gr.DownloadButton("Download images and code", size="md", visible=False), self.code()]
 
     def on(
         self,
@@ -315,9 +358,21 @@ class Page:
             images = call.run(self.model)
             file = save_bytes_to_cache(call.archive(self.model, images), "images.zip", outputs[1].GRADIO_CACHE)
             shown = list(zip(images, captions(self.model, call, len(images)), strict=True))
-            return shown, gr.DownloadButton(value=file, interactive=True), call.code(self.model)
+            columns = min(8, max(4, math.ceil(math.sqrt(2 * len(images)))))
+            return (
+                gr.Gallery(shown, columns=columns),
+                gr.DownloadButton(value=file, visible=True),
+                gr.Code(call.code(self.model), visible=True),
+            )
 
-        button.click(answers(respond), [*self.settings, *inputs], outputs, concurrency_id="model", api_name=name)
+        button.click(
+            answers(respond),
+            [*self.settings, *inputs],
+            outputs,
+            concurrency_id="model",
+            show_progress_on=outputs[0],
+            api_name=name,
+        )
 
     def start(
         self, button: gr.Button, wrap: Callable[[Image.Image], Any], output: gr.components.Component, name: str

@@ -1,6 +1,7 @@
 """What the page computes: calls of pipelines, of which it shows the images and the code that draws them again."""
 
 import io
+import json
 import zipfile
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
@@ -171,9 +172,9 @@ class Call:
         imports += ["", f"from ddpm_pipe import {', '.join(ours)}"]
         imports += [] if self.kind is DDPMPipeline else [f"from ddpm_pipe.editing import {kind}"]
         given, seeds = model.config, range(self.seeds[0], self.seeds[-1] + 1)
-        source = [repr(given.model)] + [f"revision={given.revision!r}"] * (given.revision is not None)
+        source = [literal(given.model)] + [f"revision={literal(given.revision)}"] * (given.revision is not None)
         source += [f"torch_dtype=torch.{given.dtype}"] * (given.dtype != "float32")
-        changed = "".join(f", {key}={value!r}" for key, value in options_of(self.scheduler, own).items())
+        changed = "".join(f", {key}={literal(value)}" for key, value in options_of(self.scheduler, own).items())
         which = str(seeds) if self.seeds == list(seeds) and len(seeds) > 1 else str(self.seeds)
         lines = [
             *imports,
@@ -203,6 +204,11 @@ class Call:
         return buffer.getvalue()
 
 
+def literal(value: Any) -> str:
+    """Return a value as it stands in code, text in double quotes."""
+    return json.dumps(value) if isinstance(value, str) else repr(value)
+
+
 def png(image: Image.Image) -> bytes:
     """Return the bytes of a PNG file."""
     buffer = io.BytesIO()
@@ -229,7 +235,7 @@ def interpolate(model: Model, settings: Settings, last_seed: int, number: int) -
 
 
 def similar(model: Model, settings: Settings, image: Image.Image | None, number: int, strength: float) -> Call:
-    """Draw `number` images like a given one, each from a seed of its own.
+    """Draw `number` images like a given one, each from a seed of its own, all of the class of the first seed.
 
     Raises:
         ValueError: where no image is given.
@@ -238,7 +244,8 @@ def similar(model: Model, settings: Settings, image: Image.Image | None, number:
         raise ValueError("There is no image yet; put one in, or draw one from the seed.")
     scheduler, _ = model.scheduler(settings)
     seeds = [settings.seed + i for i in range(number)]
-    options = {"strength": strength, "num_inference_steps": settings.steps} | model.conditions(settings, seeds)
+    options = {"strength": strength, "num_inference_steps": settings.steps}
+    options |= model.conditions(settings, seeds[:1])
     return Call(ImageToImagePipeline, scheduler, seeds, options, {"image": fitted(model, image)})
 
 
@@ -251,7 +258,7 @@ def redraw(
         model, settings: draw the images.
         image: the image, of any size.
         mask: an image of the same size, 255 where it is drawn anew and 0 where it is kept.
-        number: number of images, each with a seed of its own.
+        number: number of images, each with a seed of its own, all of the class of the first seed.
         resamplings: how often each stretch of steps is run, at least 1.
 
     Raises:
@@ -266,7 +273,7 @@ def redraw(
     scheduler, length = model.scheduler(settings.replace(sampler="ddim" if settings.sampler == "ddim" else "ddpm"))
     seeds = [settings.seed + i for i in range(number)]
     jumps = {"jump_length": min(JUMP, settings.steps - 1), "resamplings": resamplings if settings.steps > 1 else 1}
-    options = jumps | length | model.conditions(settings, seeds)
+    options = jumps | length | model.conditions(settings, seeds[:1])
     return Call(InpaintPipeline, scheduler, seeds, options, {"image": fitted(model, image), "mask": mask})
 
 
