@@ -14,8 +14,8 @@ MAX_SEED = 2**53 - 1
 class DemoConfig(ModelConfig):
     """Page"""
 
-    host: str = "127.0.0.1"
-    """address at which the page is served; 0.0.0.0 serves it to other machines too"""
+    host: str | None = None
+    """address at which the page is served, such as 0.0.0.0 for other machines too; only to this machine if not given"""
     port: Annotated[PositiveInt, Field(le=65535)] | None = None
     """port at which the page is served; the first free one from 7860 if not given"""
     open: bool = True

@@ -69,8 +69,10 @@ def stage_space(config: PushConfig, folder: Path) -> None:
     installed = distribution(PACKAGE)
     needed = [line for line in installed.requires or [] if "extra ==" not in line]
     (folder / "requirements.txt").write_text("\n".join(needed) + "\n")
-    shutil.copytree(str(files(PACKAGE)), folder / PACKAGE, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    (folder / PACKAGE / "LICENSE").write_text(installed.read_text("licenses/LICENSE") or "")
+    package = Path(str(files(PACKAGE)))
+    shutil.copytree(package, folder / PACKAGE, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    licence = installed.read_text("licenses/LICENSE") or (package.parent / "LICENSE").read_text()  # a checkout's
+    (folder / PACKAGE / "LICENSE").write_text(licence)
 
 
 def copy_space(source: Path, folder: Path) -> None:
