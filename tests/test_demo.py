@@ -7,9 +7,8 @@ import socket
 import sys
 import threading
 import time
+import urllib.request
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
@@ -320,20 +319,22 @@ def in_a_browser(test):
     return pytest.mark.slow(pytest.mark.xdist_group("browser")(test))
 
 
-@contextmanager
-def served(model: str) -> Iterator[str]:
-    """Serve the page of a model as the command does, and yield its address."""
+def served(model: str, function: str = "demo") -> str:
+    """Serve the page of a model until this process ends, with `demo` or `serve_space`, and return its address."""
     app = pytest.importorskip("ddpm_pipe.demo.app", reason="the page needs gradio", exc_type=ValueError)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     config = DemoConfig(model=model, port=port, open=False)
-    blocks = app.Page(Model.load(config)).blocks()
-    threading.Thread(target=app.serve, args=(blocks, config), daemon=True).start()
-    while not getattr(blocks, "local_url", None):
-        time.sleep(0.05)
-    yield blocks.local_url
-    blocks.close()
+    threading.Thread(target=getattr(app, function), args=(config,), daemon=True).start()
+    address, deadline = f"http://127.0.0.1:{port}/", time.monotonic() + 60
+    while True:
+        try:
+            urllib.request.urlopen(address)
+            return address
+        except OSError:
+            assert time.monotonic() < deadline, "the page does not answer"
+            time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -349,8 +350,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def address(folders):
-    with served(folders["grey, classes"]) as address:
-        yield address
+    return served(folders["grey, classes"])
 
 
 @pytest.fixture
@@ -441,3 +441,11 @@ def test_wrong_input_is_one_sentence_on_the_page_and_a_phone_has_room_for_it(pag
     for name in ("Draw", "Watch"):
         page.get_by_role("tab", name=name).first.click()
         assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+@in_a_browser
+def test_a_space_whose_model_does_not_load_says_so_on_its_page(browser, tmp_path):
+    page = browser.new_page()
+    page.goto(served(str(tmp_path), "serve_space"))
+    page.get_by_text(f"This model does not load: {tmp_path}/model_index.json is missing.").wait_for()
+    page.close()

@@ -122,6 +122,7 @@ class Page:
         _, height, width = model.pipeline.image_shape
         self.most = max(1, min(64, PIXELS // (height * width)))
         """largest number of images of a call"""
+        self.one_class = "All have the class of the first seed." if model.class_names else ""
         self.look = ["pixelated"] if max(height, width) < SMALL else []
         self.settings: list[gr.components.Component] = []
 
@@ -218,7 +219,7 @@ class Page:
             last = gr.Number(1, label="Last seed", info="The first one is the seed of the settings.", precision=0)
             number = gr.Slider(2, max(2, self.most), min(8, self.most), step=1, label="Images")
         button = gr.Button("Interpolate", variant="primary")
-        gr.Markdown("DDIM draws the images, whatever sampler is chosen, all with the class of the first seed.")
+        gr.Markdown(f"DDIM draws the images, whatever sampler is chosen. {self.one_class}")
         self.on(button, interpolate, [last, number], self.results(), "interpolate")
 
     def add_similar(self) -> None:
@@ -238,6 +239,7 @@ class Page:
                 strength = gr.Slider(0.05, 1, 0.5, step=0.05, label="Strength", info="How much is drawn anew.")
                 number = self.number(4)
                 button = gr.Button("Draw like it", variant="primary")
+                gr.Markdown(self.one_class)
         self.start(first, lambda drawn: drawn, image, "similar_start")
         self.on(button, similar, [image, number, strength], self.results(), "similar")
 
@@ -246,7 +248,7 @@ class Page:
         with gr.Row():
             with gr.Column():
                 image = gr.ImageEditor(
-                    label="Paint over what is to be drawn anew",
+                    label="Paint over a part",
                     type="pil",
                     image_mode="RGBA",
                     format="png",
@@ -267,7 +269,7 @@ class Page:
                 )
                 number = self.number(4)
                 button = gr.Button("Redraw", variant="primary")
-                gr.Markdown("DDPM draws the images, or DDIM where it is chosen.")
+                gr.Markdown(f"DDPM draws the images, or DDIM where it is chosen. {self.one_class}")
         self.start(first, self.as_canvas, image, "redraw_start")
         self.on(button, self.redraw, [image, number, times], self.results(), "redraw")
 
@@ -328,7 +330,9 @@ class Page:
 
     def code(self) -> gr.Code:
         """Add the place for the code."""
-        return gr.Code(label="The same in Python", language="python", interactive=False, visible=False)
+        return gr.Code(
+            label="The same in Python", language="python", interactive=False, show_line_numbers=False, visible=False
+        )
 
     def results(self) -> list[gr.components.Component]:
         """Add the places for images, their zip file and their code."""
