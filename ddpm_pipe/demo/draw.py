@@ -77,7 +77,8 @@ class Model:
     @property
     def recommended(self) -> Sampler | None:
         """The sampler that was found to be the best for its cost."""
-        return self.pipeline.samplers and self.pipeline.samplers.recommended
+        found = self.pipeline.samplers
+        return None if found is None else found.recommended
 
     @property
     def samplers(self) -> dict[str, str]:
@@ -109,7 +110,7 @@ class Model:
         """
         own = self.pipeline.own_scheduler
         check_choice("sampler", settings.sampler, self.samplers)
-        if settings.sampler == RECOMMENDED:
+        if settings.sampler == RECOMMENDED and self.recommended is not None:
             return self.recommended.make_scheduler(own), self.recommended.call_options()
         name = None if settings.sampler == OWN else settings.sampler
         fewer = settings.steps < own.config.num_train_timesteps
