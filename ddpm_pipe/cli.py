@@ -1,4 +1,4 @@
-"""The commands `ddpm-pipe train | generate | timesteps | evaluate | average | push | convert`.
+"""The commands `ddpm-pipe train | generate | timesteps | evaluate | average | demo | push | convert`.
 
 Each command is a config and a function that takes it. Modules that need torch are imported only when a command runs,
 so that `--help` answers at once.
@@ -34,6 +34,7 @@ COMMANDS = {
         "evaluation.config:EvaluateConfig", "evaluation.evaluate:evaluate", "measure how good a model is"
     ),
     "average": Command("training.config:AverageConfig", "training.posthoc:average", "rebuild averages of any length"),
+    "demo": Command("demo.config:DemoConfig", "demo.app:demo", "draw with a model in the browser"),
     "push": Command("sharing.config:PushConfig", "sharing.push:push", "share a run on the Hub"),
     "convert": Command(
         "convert.config:ConvertConfig", "convert.command:convert", "convert a checkpoint of another project"

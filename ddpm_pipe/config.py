@@ -191,7 +191,7 @@ def _help(field: FieldInfo) -> str:
     choices = [choice for kind in (field.annotation, *get_args(field.annotation)) for choice in _choices(kind)]
     one_of = f"; one of {', '.join(choices)}" if choices else ""
     default = field.get_default(call_default_factory=True)
-    told = "needed" if field.is_required() else f"default: {'none' if default in (None, [], {}) else default}"
+    told = "needed" if field.is_required() else f"default: {default if default not in (None, '', [], {}) else 'none'}"
     return f"{' '.join((field.description or '').split())}{one_of} ({told})".replace("%", "%%")
 
 

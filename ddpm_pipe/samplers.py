@@ -54,6 +54,12 @@ def settings(scheduler: SchedulerMixin) -> dict[str, Any]:
     return {key: scheduler.config[key] for key in accepted_keys(type(scheduler)) if key != "trained_betas"}
 
 
+def options_of(scheduler: SchedulerMixin, own: SchedulerMixin) -> dict[str, Any]:
+    """Return the config keys of a scheduler that differ from what `from_config` makes of a model's own one."""
+    plain = settings(type(scheduler).from_config(own.config))
+    return {key: value for key, value in settings(scheduler).items() if value != plain[key]}
+
+
 class Sampler(Config):
     """A scheduler and how the pipeline is called with it"""
 
@@ -77,9 +83,7 @@ class Sampler(Config):
     @classmethod
     def of(cls, scheduler: SchedulerMixin, own: SchedulerMixin, **values: Any) -> Self:
         """Describe a scheduler that was made from a model's own one; `values` are the other fields."""
-        plain = settings(type(scheduler).from_config(own.config))
-        options = {key: value for key, value in settings(scheduler).items() if value != plain[key]}
-        return cls(scheduler=type(scheduler).__name__, scheduler_options=options, **values)
+        return cls(scheduler=type(scheduler).__name__, scheduler_options=options_of(scheduler, own), **values)
 
     def make_scheduler(self, own: SchedulerMixin) -> SchedulerMixin:
         """Make the scheduler from a model's own one.

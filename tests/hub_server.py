@@ -1,7 +1,7 @@
 """A Hugging Face Hub on the loopback, for tests: the HTTP API of the real one, its repositories in memory.
 
-The unmodified client works with it from other processes, started under `HubServer.environment()`. Not there: anything
-but models, pull requests, tags, gated repositories, multipart uploads and Xet.
+The unmodified client works with it from other processes, started under `HubServer.environment()`. A Space is the
+repository "spaces/org/name". Not there: data sets, pull requests, tags, gated repositories, multipart uploads and Xet.
 """
 
 import base64
@@ -26,6 +26,7 @@ import yaml
 
 LFS_KINDS = ["bin", "ckpt", "h5", "npy", "npz", "pkl", "png", "pt", "pth", "safetensors", "zip"]
 LFS_SIZE = 10 * 1024**2
+SPACES = "spaces/"
 GITATTRIBUTES = "".join(f"*.{kind} filter=lfs diff=lfs merge=lfs -text\n" for kind in LFS_KINDS).encode()
 
 # ---------------------------------------------------------------- repositories
@@ -101,8 +102,8 @@ class Commit(NamedTuple):
 class Repo:
     """A repository: branches that point to commits, and the large files it was sent."""
 
-    def __init__(self, name: str, private: bool):
-        self.name, self.private = name, private
+    def __init__(self, name: str, private: bool, sdk: str | None = None):
+        self.name, self.private, self.sdk = name, private, sdk
         self.lfs: dict[str, Blob] = {}
         self.known: dict[str, Commit] = {}
         self.branches: dict[str, Commit] = {}
@@ -225,7 +226,7 @@ class Hub:
     def find(self, call: Call, name: str, write: bool = False) -> Repo:
         """A repository; one that the account may not see looks as if it were not there."""
         repo = self.repos.get(name)
-        mine = call.account == name.split("/")[0]
+        mine = call.account == name.removeprefix(SPACES).split("/")[0]
         if not call.account and (write or not repo or repo.private):
             # At https the client takes every 401 of a repository for this; at http it needs the code.
             raise Refusal(401, "Invalid username or password.", "RepoNotFound")
@@ -250,11 +251,17 @@ class Hub:
         if namespace != call.account or not call.writes:
             raise Refusal(403, f'You don\'t have the rights to create a model under the namespace "{namespace}"')
         name = f"{namespace}/{wanted['name']}"
+        if wanted.get("type") == "space":
+            if wanted.get("sdk") not in ("gradio", "docker", "static"):
+                raise Refusal(400, "Invalid sdk of a Space")
+            name = SPACES + name
         facts = {"url": f"{self.url}/{name}", "name": name}
         if name in self.repos:
             return Answer({"error": "You already created this model repo", **facts}, 409)
         # Older clients send the first, newer ones the second.
-        self.repos[name] = Repo(name, bool(wanted.get("private")) or wanted.get("visibility") == "private")
+        self.repos[name] = Repo(
+            name, bool(wanted.get("private")) or wanted.get("visibility") == "private", wanted.get("sdk")
+        )
         return Answer(facts)
 
     def validate_yaml(self, call: Call) -> Answer:
@@ -277,6 +284,7 @@ class Hub:
         info |= {"sha": commit.sha, "siblings": siblings}
         info |= {"private": repo.private, "gated": False, "disabled": False, "downloads": 0, "likes": 0}
         info |= {"createdAt": commit.history()[-1].date, "lastModified": commit.date, "cardData": card}
+        info |= {} if repo.sdk is None else {"sdk": repo.sdk}
         info |= {key: card[key] for key in ("library_name", "pipeline_tag", "tags") if key in card}
         return Answer(info)
 
@@ -387,8 +395,8 @@ class Hub:
         return Answer(b"", 302, {**headers, "Location": f"{self.cdn}/lfs/{name}/{blob.sha256}?filename={quote(path)}"})
 
 
-NAME, REVISION, OID = r"(?P<name>[^/]+/[^/]+)", r"(?P<revision>[^/]+)", r"(?P<oid>[0-9a-f]{64})"
-MODEL = rf"/api/models/{NAME}"
+NAME, REVISION, OID = rf"(?P<name>(?:{SPACES})?[^/]+/[^/]+)", r"(?P<revision>[^/]+)", r"(?P<oid>[0-9a-f]{64})"
+MODEL = rf"/api/(?:models/)?{NAME}"
 ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("GET", "/api/whoami-v2", Hub.whoami),
     ("POST", "/api/repos/create", Hub.create_repo),

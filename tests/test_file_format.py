@@ -123,6 +123,7 @@ ROOMS: dict[str, set[str]] = {
     "training": {"method", "config", "launch", "randomness", "run", "data", "weights", "pretrained", "sharing"},
     "evaluation": {"method", "config", "randomness", "launch", "run", "data", "weights", "pretrained", "sampling"}
     | {"samplers", "sharing"},
+    "demo": {"method", "config", "launch", "data", "samplers", "pretrained", "editing", "sampling", "sharing"},
     "convert": {"method", "config", "run", "weights", "samplers", "pretrained"},
     "cli": {"config", "__init__"},
 }

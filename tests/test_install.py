@@ -41,7 +41,7 @@ def test_the_wheel_in_an_empty_environment_has_the_commands(repo, tmp_path):
     told = run(python, "-I", site / "bin" / "ddpm-pipe", "--help", cwd=tmp_path)
     assert all(
         command in told
-        for command in ("train", "generate", "timesteps", "evaluate", "average", "push", "convert", "cifar10")
+        for command in ("train", "generate", "timesteps", "evaluate", "average", "demo", "push", "convert", "cifar10")
     )
     flags = ["--data", repo / "examples" / "fashion_mnist", "--split", "test", "--steps", "2", "--batch_size", "4"]
     small = ["--resolution", "8", "--num_samples", "10", "--sample_steps", "2", "--tracker", "none"]

@@ -36,8 +36,8 @@ MAX_SEEDS = 10_000_000
 """Largest number of seeds that a config may name; the list of more seeds would itself fill the memory."""
 
 
-class SampleConfig(Config):
-    """Model and sampler"""
+class ModelConfig(Config):
+    """Model"""
 
     model: Place
     """a pipeline folder, or the id of a repository on the Hub"""
@@ -45,6 +45,11 @@ class SampleConfig(Config):
     """branch, tag or commit of a model on the Hub"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """precision of the network"""
+
+
+class SampleConfig(ModelConfig):
+    """Sampler"""
+
     compile: CompileMode = "none"
     """mode in which torch.compile compiles the network; the last two use CUDA graphs"""
     batch_size: PositiveInt = 64

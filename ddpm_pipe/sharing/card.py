@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 
 from ddpm_pipe.run.folder import EVALUATION, TRAINING, Run
 from ddpm_pipe.samplers import OWN_SCHEDULERS, Sampler, read_samplers
@@ -60,6 +60,7 @@ def make_card(
         tags=["ddpm_pipe", "diffusion", "ddpm"],
         base_model=(facts["plan"].get("start") or {}).get("model"),
         datasets=[dataset] if dataset and "/" in dataset else None,
+        class_names=facts["plan"]["class_names"] or None,
         eval_results=[
             EvalResult(
                 task_type=TASK,
@@ -170,6 +171,29 @@ def find_picture(run: Run, pipeline: Path) -> Path | None:
     last = trained_steps(pipeline)
     grids = [run.grids(step)["average"] for step in reversed(run.steps(run.samples)) if step <= last]
     return next((grid for grid in grids if grid.exists()), None)
+
+
+# ---------------------------------------------------------------- its classes
+
+
+def read_class_names(model: str, revision: str | None = None) -> list[str]:
+    """Read the names of the classes of a pipeline, by label: from its run, or else from the metadata of its card.
+
+    Args:
+        model: the pipeline folder, or the id of a repository on the Hub.
+        revision: branch, tag or commit of a repository.
+
+    Returns:
+        The names; [] where they are not known or cannot be read.
+    """
+    folder = Path(model)
+    try:
+        if folder.is_dir() and Run(folder.resolve().parent).plan.exists():
+            return Run(folder.resolve().parent).read_plan().get("class_names", [])
+        card = folder / "README.md" if folder.is_dir() else hf_hub_download(model, "README.md", revision=revision)
+        return ModelCard.load(card).data.get("class_names") or []
+    except (ValueError, OSError):  # those of the Hub are OSErrors
+        return []
 
 
 # ---------------------------------------------------------------- how good it is

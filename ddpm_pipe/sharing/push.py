@@ -1,8 +1,9 @@
-"""Share a run on the Hub: one of its pipelines with its card, picture and evaluation, and nothing else."""
+"""Share a run on the Hub, one of its pipelines with its card, picture and evaluation and nothing else; and Spaces."""
 
 import shlex
 import shutil
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -12,26 +13,41 @@ from ddpm_pipe.run.folder import EVALUATION, Run
 from ddpm_pipe.sharing.card import PICTURE, find_picture, make_card, read_evaluation
 from ddpm_pipe.sharing.config import PushConfig
 from ddpm_pipe.sharing.privacy import write_json
-from ddpm_pipe.sharing.upload import refuse_links, stage_pipeline, upload
+from ddpm_pipe.sharing.space import read_sdk, stage_space
+from ddpm_pipe.sharing.upload import print_files, refuse_links, stage_pipeline, upload
 
 
 def push(config: PushConfig) -> str | None:
-    """Push a run to the Hub; files that are already there are not pushed again, and without changes there is no commit.
+    """Push a run, a Space, or both to the Hub.
+
+    Files that are already there are not pushed again, and without changes there is no commit.
 
     Returns:
-        The address of the repository; None for a dry run.
+        The address of the last repository; None for a dry run.
 
     Raises:
         PushError: where the Hub cannot be reached or refuses; the run is unchanged, and the push can be repeated.
-        ValueError: where the folder holds no run or no such pipeline, or the repository is public and the push is not.
+        ValueError: where the folder holds no run or no such pipeline, or is no Space, or the repository is public and
+            the push is not.
     """
+    address = None
+    if config.run:
+        address = share(config, stage, upload_run)
+    if config.space:
+        address = share(config, stage_space, upload_space)
+    return address
+
+
+def share(
+    config: PushConfig, stage: Callable[[PushConfig, Path], None], upload: Callable[[PushConfig, Path], str]
+) -> str | None:
+    """Stage files in a folder and upload them, or print their list for a dry run; return the address, or None."""
     with tempfile.TemporaryDirectory() as folder:
         stage(config, Path(folder))
         if config.dry_run:
-            for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
-                print(f"{path.stat().st_size:>12,}  {path.relative_to(folder)}")
+            print_files(Path(folder))
             return None
-        return upload_run(config, Path(folder))
+        return upload(config, Path(folder))
 
 
 def stage(config: PushConfig, folder: Path) -> None:
@@ -75,6 +91,12 @@ def upload_run(config: PushConfig, folder: Path) -> str:
     """Upload the staged files of a run and return the address; errors are those of `upload`."""
     message = f"Push {config.pipeline} of {Path(config.run).name}"
     return upload(folder, config.repo, message, repeated(config), config.public, config.revision)
+
+
+def upload_space(config: PushConfig, folder: Path) -> str:
+    """Upload the staged files of a Space and return the address; errors are those of `upload`."""
+    sdk = read_sdk(folder)
+    return upload(folder, config.space, "Push the page", repeated(config), config.public, space_sdk=sdk)
 
 
 class Pusher:

@@ -1,4 +1,4 @@
-"""Copy the files of a pipeline folder that are shared, and upload them to the Hub in one commit."""
+"""Copy the files of a pipeline folder that are shared, list a folder, and upload it to the Hub in one commit."""
 
 import shutil
 from pathlib import Path
@@ -10,11 +10,15 @@ from ddpm_pipe.sharing.card import PICTURE
 from ddpm_pipe.sharing.privacy import write_json
 from ddpm_pipe.weights import CODE_FILES, CONFIGS, WEIGHTS, read_json
 
+PACKAGE = __name__.partition(".")[0]
+"""The folder of this package, also in a Space."""
 STALE = [*CONFIGS, *WEIGHTS, *CODE_FILES, PICTURE, EVALUATION]
 """Files that an earlier push may have left in the repository.
 
 A push deletes those that it does not contain itself, and leaves all other files of the repository alone.
 """
+STALE_IN_SPACES = [f"{PACKAGE}/*"]
+"""The same for a Space: the modules of this package."""
 
 
 class PushError(ValueError):
@@ -47,6 +51,12 @@ def refuse_links(file: Path, top: Path) -> None:
             raise ValueError(f"{path} is a link, and links are not pushed; put the file itself there.")
 
 
+def print_files(folder: Path) -> None:
+    """Print size and name of every file in a folder, as a dry run does."""
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        print(f"{path.stat().st_size:>12,}  {path.relative_to(folder)}")
+
+
 def upload(
     folder: Path,
     repo: str,
@@ -56,6 +66,7 @@ def upload(
     revision: str | None = None,
     token: str | None = None,
     create_pr: bool = False,
+    space_sdk: str | None = None,
 ) -> str:
     """Create the repository if it does not exist, commit a staged folder to it and print its address.
 
@@ -68,6 +79,7 @@ def upload(
         revision: branch to push to; it is created if it does not exist.
         token: access token of the Hub; None uses that of the login.
         create_pr: open a pull request instead of committing to the branch.
+        space_sdk: what runs a Space, such as gradio or static; None makes the repository one of a model.
 
     Returns:
         The address of the repository.
@@ -77,19 +89,21 @@ def upload(
         ValueError: where the repository is public and `public` is false.
     """
     api = HfApi(token=token)
+    kind = "model" if space_sdk is None else "space"
     try:
-        url = api.create_repo(repo, private=not public, exist_ok=True)
-        exposed = not public and not api.model_info(url.repo_id).private
+        url = api.create_repo(repo, private=not public, exist_ok=True, repo_type=kind, space_sdk=space_sdk)
+        exposed = not public and not api.repo_info(url.repo_id, repo_type=kind).private
         if not exposed:
             if revision:
                 api.create_branch(url.repo_id, branch=revision, exist_ok=True)
             api.upload_folder(
                 repo_id=url.repo_id,
+                repo_type=kind,
                 folder_path=folder,
                 revision=revision,
                 commit_message=message,
                 create_pr=create_pr,
-                delete_patterns=STALE,
+                delete_patterns=STALE if space_sdk is None else STALE_IN_SPACES,
             )
     except Exception as error:  # the client's own, or those of its HTTP library, which depends on its version
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
