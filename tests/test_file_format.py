@@ -124,6 +124,7 @@ ROOMS: dict[str, set[str]] = {
     "evaluation": {"method", "config", "randomness", "launch", "run", "data", "weights", "pretrained", "sampling"}
     | {"samplers", "sharing"},
     "convert": {"method", "config", "run", "weights", "samplers", "pretrained"},
+    "export": {"method", "config", "run", "weights", "samplers", "pretrained", "sampling", "sharing"},
     "cli": {"config", "__init__"},
 }
 """Room or module -> where it may import from, besides itself. The command line loads what it runs by name."""
