@@ -182,7 +182,7 @@ def _with_memory(k: Tensor, v: Tensor, mem_kv: Tensor | None, dim: int) -> tuple
     """Put learned keys and values, the same for all images, before those of the pixels (B, heads, ...) along `dim`."""
     if mem_kv is None:
         return k, v
-    mem_k, mem_v = mem_kv.unsqueeze(1).expand(-1, k.shape[0], -1, -1, -1)
+    mem_k, mem_v = mem_kv.unsqueeze(1).expand(-1, k.shape[0], -1, -1, -1)  # len(k) would fix B in an export
     return torch.cat([mem_k, k], dim), torch.cat([mem_v, v], dim)
 
 

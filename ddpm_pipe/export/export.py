@@ -53,13 +53,14 @@ def export(config: ExportConfig) -> Path:
     facts = describe(config, pipeline)
     package = runtime.fetch(config.runtime and Path(config.runtime))
     with tempfile.TemporaryDirectory() as staged:
-        folder = Path(staged)
+        folder = Path(staged) / "export"
+        folder.mkdir()
         facts["networks"] = write_networks(pipeline, folder)
         (folder / DESCRIPTION).write_text(json.dumps(facts, separators=(",", ":")) + "\n")
         (folder / "index.html").write_bytes((files("ddpm_pipe.export") / "page.html").read_bytes())
         (folder / "README.md").write_text(readme(facts))
         runtime.unpack(package, folder / runtime.FOLDER)
-        replace_folder(out, partial(shutil.copytree, staged, dirs_exist_ok=True))
+        replace_folder(out, partial(shutil.copytree, folder, dirs_exist_ok=True))
     print(f"{out}: serve it with `python -m http.server --directory {out}`, or push it as a static Space.")
     return out
 

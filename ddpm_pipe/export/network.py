@@ -1,6 +1,7 @@
 """Write a network as ONNX, and measure how far its answers are from those of torch."""
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -79,17 +80,19 @@ def write_float32(denoiser: Denoiser, file: Path, inputs: dict[str, Tensor]) -> 
         raise ValueError(f"the network has {size / 2**30:.1f} GiB of weights, and an ONNX file holds less than 2 GiB.")
     batch = torch.export.Dim("batch")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of optional packages that are not installed
-    torch.onnx.export(
-        denoiser.eval(),
-        kwargs=inputs,
-        f=file,
-        input_names=list(inputs),
-        output_names=[OUTPUT],
-        dynamic_shapes={name: {0: batch} for name in inputs},
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of its own use of what it deprecates
+        torch.onnx.export(
+            denoiser,
+            kwargs=inputs,
+            f=file,
+            input_names=list(inputs),
+            output_names=[OUTPUT],
+            dynamic_shapes={name: {0: batch} for name in inputs},
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
 
 
 def write_float16(float32: Path, file: Path) -> None:
