@@ -1,4 +1,4 @@
-"""The commands `ddpm-pipe train | generate | timesteps | evaluate | average | demo | push | convert`.
+"""The commands `ddpm-pipe train | generate | timesteps | evaluate | average | demo | push | convert | export`.
 
 Each command is a config and a function that takes it. Modules that need torch are imported only when a command runs,
 so that `--help` answers at once.
@@ -38,6 +38,9 @@ COMMANDS = {
     "push": Command("sharing.config:PushConfig", "sharing.push:push", "share a run on the Hub"),
     "convert": Command(
         "convert.config:ConvertConfig", "convert.command:convert", "convert a checkpoint of another project"
+    ),
+    "export": Command(
+        "export.config:ExportConfig", "export.export:export", "write a model as ONNX and a page that draws"
     ),
 }
 PRESETS = {path.stem: path for path in sorted(Path(str(files("ddpm_pipe"))).glob("presets/*.yaml"))}

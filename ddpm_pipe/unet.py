@@ -182,7 +182,7 @@ def _with_memory(k: Tensor, v: Tensor, mem_kv: Tensor | None, dim: int) -> tuple
     """Put learned keys and values, the same for all images, before those of the pixels (B, heads, ...) along `dim`."""
     if mem_kv is None:
         return k, v
-    mem_k, mem_v = mem_kv.unsqueeze(1).expand(-1, len(k), -1, -1, -1)
+    mem_k, mem_v = mem_kv.unsqueeze(1).expand(-1, k.shape[0], -1, -1, -1)  # len(k) would fix B in an export
     return torch.cat([mem_k, k], dim), torch.cat([mem_v, v], dim)
 
 
@@ -583,7 +583,7 @@ class DDPMUNet2DModel(ModelMixin, ConfigMixin):
         """Return the embedding (B, D) of the timestep and the class, after the SiLU before each block's projection."""
         if not isinstance(timestep, Tensor):  # filled in on the device, where torch.compile keeps it a variable
             timestep = torch.full((), timestep, device=sample.device)
-        timestep = timestep.to(sample.device, non_blocking=True).expand(len(sample))
+        timestep = timestep.to(sample.device, non_blocking=True).expand(sample.shape[0])
         temb = self.time_embedding(self.time_proj(timestep).to(self.dtype))
         if self.class_embedding is None:
             if class_labels is not None:

@@ -125,6 +125,7 @@ ROOMS: dict[str, set[str]] = {
     | {"samplers", "sharing"},
     "demo": {"method", "config", "launch", "data", "samplers", "pretrained", "editing", "sampling", "sharing"},
     "convert": {"method", "config", "run", "weights", "samplers", "pretrained"},
+    "export": {"method", "config", "run", "weights", "samplers", "pretrained", "sampling", "sharing"},
     "cli": {"config", "__init__"},
 }
 """Room or module -> where it may import from, besides itself. The command line loads what it runs by name."""

@@ -27,7 +27,11 @@ def test_the_wheel_in_an_empty_environment_has_the_commands(repo, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     modules = {f"ddpm_pipe/{path.relative_to(repo / 'ddpm_pipe')}" for path in (repo / "ddpm_pipe").rglob("*.py")}
     presets = {f"ddpm_pipe/presets/{path.name}" for path in (repo / "ddpm_pipe" / "presets").iterdir()}
-    assert modules | presets | {"ddpm_pipe/py.typed", "ddpm_pipe/model_cards/TEMPLATE.md"} <= set(names)
+    assert modules | presets | {
+        "ddpm_pipe/py.typed",
+        "ddpm_pipe/export/page.html",
+        "ddpm_pipe/model_cards/TEMPLATE.md",
+    } <= set(names)
     assert not [name for name in names if name.startswith(("tests", "examples"))]
 
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
@@ -41,7 +45,18 @@ def test_the_wheel_in_an_empty_environment_has_the_commands(repo, tmp_path):
     told = run(python, "-I", site / "bin" / "ddpm-pipe", "--help", cwd=tmp_path)
     assert all(
         command in told
-        for command in ("train", "generate", "timesteps", "evaluate", "average", "demo", "push", "convert", "cifar10")
+        for command in (
+            "train",
+            "generate",
+            "timesteps",
+            "evaluate",
+            "average",
+            "demo",
+            "push",
+            "convert",
+            "export",
+            "cifar10",
+        )
     )
     flags = ["--data", repo / "examples" / "fashion_mnist", "--split", "test", "--steps", "2", "--batch_size", "4"]
     small = ["--resolution", "8", "--num_samples", "10", "--sample_steps", "2", "--tracker", "none"]
