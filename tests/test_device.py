@@ -356,15 +356,12 @@ def test_the_images_of_seeds_are_those_of_the_cpu(device):
 
 def test_the_page_draws_on_the_device_what_it_draws_on_the_cpu(device):
     model = Model(DemoConfig(model="org/name"), pipeline(scheduler()), [str(label) for label in range(10)])
-    settings, picture = model.first_settings.replace(steps=4), Image.new("RGB", (9, 9), "red")
+    settings = model.first_settings.replace(steps=2)
+    picture, mask = Image.new("RGB", (9, 9), "red"), Image.new("L", (9, 9), 255)
 
     def everything() -> list[bytes]:
-        calls = [
-            draw(model, settings, 2),
-            interpolate(model, settings, 1, 2),
-            similar(model, settings, picture, 2, 0.5),
-        ]
-        calls.append(redraw(model, settings, picture, Image.new("L", (9, 9), 255), 2, 2))
+        calls = [draw(model, settings, 1), interpolate(model, settings, 1, 2)]
+        calls += [similar(model, settings, picture, 1, 0.5), redraw(model, settings, picture, mask, 1, 1)]
         images = [image for call in calls for image in call.run(model)]
         images += [frame.x0 for frame in watch(model, draw(model, settings, 1))]
         return [image.tobytes() for image in images]
