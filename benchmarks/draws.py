@@ -21,7 +21,7 @@ def draw(processes: int) -> torch.Tensor:
     """Draw what the first of several processes needs for a step, and return its noise."""
     config = TrainConfig(data="none", batch_size=BATCH)
     process = SimpleNamespace(device=DEVICE, num_processes=processes, process_index=0)
-    probabilities = UniformSampler(config.num_train_timesteps).probabilities(DEVICE)
+    probabilities = UniformSampler(config.num_train_timesteps).probabilities()
     ((_, draws),) = micro_batches(config, process, probabilities, 0, MEASURED)
     return draws.eps
 

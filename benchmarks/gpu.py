@@ -1,4 +1,4 @@
-"""What a GPU makes of training and sampling, ours beside its peers: `python benchmarks/gpu.py [--quick] [--json FILE]`.
+"""What a GPU makes of training and sampling, ours beside its peers: `python benchmarks/gpu.py`.
 
 Each row is a setting of training ddpm-cifar10 (35.7 M weights), taken in turn with the others of its batch size: images
 per second, the share of the FLOP/s that a large matrix product reaches, kernel launches and waits of the host,
@@ -78,12 +78,13 @@ def peak_memory(step: Step) -> float:
     return torch.cuda.max_memory_allocated() / 2**30
 
 
-def make_steps(config: TrainConfig) -> dict[str, tuple[str, Callable[[], Step]]]:
+def make_steps(config: TrainConfig, chosen: list[str]) -> dict[str, tuple[str, Callable[[], Step]]]:
     """Name -> precision, and what makes the step."""
     steps = {}
     for name, recipe in STEPS.items():
-        settings = SETTINGS if name == "ddpm_pipe" else {"": {}}
-        for setting, options in settings.items():
+        settings = chosen if name == "ddpm_pipe" else [""]
+        for setting in settings:
+            options = SETTINGS.get(setting, {})
             changed = config.replace(**options)
             title = f"{name}, {setting}, bf16" if setting else f"{name}, bf16"
             steps[title] = ("bf16", lambda recipe=recipe, changed=changed: recipe(changed, "bf16"))
@@ -93,11 +94,13 @@ def make_steps(config: TrainConfig) -> dict[str, tuple[str, Callable[[], Step]]]
     return steps
 
 
-def training(data: str, unet: dict, batch: int, rounds: int, reached: dict[str, float]) -> list[dict]:
+def training(
+    data: str, unet: dict, batch: int, rounds: int, reached: dict[str, float], chosen: list[str]
+) -> list[dict]:
     """Measure all settings with one batch size, in turn."""
     config = make_config(data, unet, batch)
     flops, steps, precisions = flops_per_image(config, shaped_data(config)), {}, {}
-    for name, (precision, make) in make_steps(config).items():
+    for name, (precision, make) in make_steps(config, chosen).items():
         try:
             steps[name], precisions[name] = make(), precision
         except (pytest.skip.Exception, torch.OutOfMemoryError) as reason:
@@ -111,11 +114,11 @@ def training(data: str, unet: dict, batch: int, rounds: int, reached: dict[str, 
     return rows
 
 
-def sampling(unet: dict, data: str, batch: int, rounds: int) -> list[dict]:
+def sampling(unet: dict, data: str, batch: int, rounds: int, compiled: bool) -> list[dict]:
     """Milliseconds of a sampling step of each scheduler, the network included."""
     own = DDPMScheduler()
     jobs = {}
-    for title in ("{}", "{}, CUDA graphs"):
+    for title in ("{}", "{}, CUDA graphs") if compiled else ("{}",):
         network = make_network(make_config(data, unet, batch)).to(DEVICE, torch.bfloat16).eval()
         if title != "{}":
             network.compile(mode="reduce-overhead")
@@ -137,20 +140,24 @@ def show(title: str, rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small network, one batch size and two rounds")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", help="images in a step; 32, 128 and 512 if not given")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="settings of ours")
     parser.add_argument("--json", type=Path, help="file for the figures")
     arguments = parser.parse_args()
     quick = arguments.quick
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     choose_kernels(deterministic=False)
     unet, batches, rounds = (SMALL, (16,), 2) if quick else (CIFAR, (32, 128, 512), 10)
+    batches = arguments.batch_sizes or batches
     size = 512 if quick else 8192
     reached = {"bf16": product_flops(torch.bfloat16, size), "no": product_flops(torch.float32, size)}
     most = ", ".join(f"{flops / 1e12:.3g} ({name})" for name, flops in reached.items())
     print(f"{describe_device(DEVICE)}, torch {torch.__version__}; a product reaches {most} TFLOP/s")
     with tempfile.TemporaryDirectory() as folder:
         data = make_data(Path(folder), 128 if quick else 2048)
-        trained = [row for batch in batches for row in training(data, unet, batch, rounds, reached)]
-        sampled = sampling(unet, data, batches[-1], rounds)
+        trained = [row for batch in batches for row in training(data, unet, batch, rounds, reached, arguments.settings)]
+        compiled = any("compile" in SETTINGS[name] for name in arguments.settings)
+        sampled = sampling(unet, data, batches[-1], rounds, compiled)
     show("Training", trained)
     show("A step of sampling, bf16", sampled)
     if arguments.json:

@@ -1,30 +1,38 @@
-"""Two judges of grey pictures, which differ in how they are built: `python benchmarks/judges.py folder`.
+"""Two judges of pictures, which differ in how they are built: `python benchmarks/judges.py folder --data images`.
 
-Each is a classifier, trained on all of Fashion-MNIST or on other labelled data and saved as TorchScript for
-`ddpm-pipe evaluate --features`. A recipe that wins by one of them alone may have been tuned to it.
+Each is a classifier of labelled images, grey or coloured, saved as TorchScript for `ddpm-pipe evaluate --features`.
+A recipe that wins by one of them alone may have been tuned to it. They are trained on the GPU where there is one.
 """
 
 import argparse
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from timing import DEVICE
 from torch import Tensor, nn
 
+from ddpm_pipe.data.memory import ImageData, load_images
+
 ROOT = Path(__file__).resolve().parent.parent
+BUNDLED = str(ROOT / "examples" / "fashion_mnist")
 FEATURES = 128
+BATCH_SIZE = 100
+SHIFT = 2
+"""Pixels by which a training image of colour is shifted at most."""
 
 
 class Judge(nn.Module):
-    """uint8 (B, 3, H, W) -> features (B, FEATURES) and logits (B, classes), float32; it sees only the first channel."""
+    """uint8 (B, 3, H, W) -> features (B, D) and logits (B, classes), float32; one of 1 channel sees only the first."""
 
-    def __init__(self, layers: nn.Sequential, classes: int):
+    def __init__(self, layers: nn.Sequential, channels: int, width: int, classes: int):
         super().__init__()
-        self.layers = layers
-        self.head = nn.Linear(FEATURES, classes)
+        self.layers, self.channels = layers, channels
+        self.head = nn.Linear(width, classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.layers(images[:, :1].float() / 127.5 - 1).mean((2, 3))
+        features = self.layers(images[:, : self.channels].float() / 127.5 - 1).mean((2, 3))
         return features, self.head(features)
 
 
@@ -64,29 +72,75 @@ def _conv(before: int, after: int) -> list[nn.Module]:
     return [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after)]
 
 
-def resnet(classes: int) -> Judge:
-    """3x3 convolutions, maxima of 2x2 squares, three resolutions."""
-    pool = nn.MaxPool2d(2)
-    return Judge(nn.Sequential(*_conv(1, 32), nn.ReLU(), pool, Residual(32, 64), pool, Residual(64, FEATURES)), classes)
+def resnet(channels: int, classes: int) -> Judge:
+    """3x3 convolutions, maxima of 2x2 squares, three resolutions; twice as wide for colour."""
+    pool, width = nn.MaxPool2d(2), 32 if channels == 1 else 64
+    layers = [*_conv(channels, width), nn.ReLU(), pool, Residual(width, 2 * width), pool]
+    return Judge(nn.Sequential(*layers, Residual(2 * width, 4 * width)), channels, 4 * width, classes)
 
 
-def mixer(classes: int) -> Judge:
-    """2x2 patches and large depthwise kernels, two resolutions without a maximum."""
-    return Judge(
-        nn.Sequential(
-            nn.Conv2d(1, 64, 2, 2), nn.GELU(), nn.BatchNorm2d(64), Mixer(64), nn.Conv2d(64, FEATURES, 2, 2),
-            nn.GELU(), nn.BatchNorm2d(FEATURES), Mixer(FEATURES), Mixer(FEATURES),
-        ),
-        classes,
-    )  # fmt: skip
+def mixer(channels: int, classes: int) -> Judge:
+    """2x2 patches and large depthwise kernels, two resolutions without a maximum; twice as wide for colour."""
+    width = 64 if channels == 1 else 128
+    patches = [nn.Conv2d(channels, width, 2, 2), nn.GELU(), nn.BatchNorm2d(width), Mixer(width)]
+    deeper = [
+        nn.Conv2d(width, 2 * width, 2, 2),
+        nn.GELU(),
+        nn.BatchNorm2d(2 * width),
+        *[Mixer(2 * width) for _ in "ab"],
+    ]
+    return Judge(nn.Sequential(*patches, *deeper), channels, 2 * width, classes)
 
 
 JUDGES = {"resnet": resnet, "mixer": mixer}
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT / "tests"))
-    from feature_network import BUNDLED, accuracy, train_classifier
 
+# ---------------------------------------------------------------- training
+
+
+def batches(images: ImageData, epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images, uint8 (BATCH_SIZE, C, H, W), and labels in a shuffled order; coloured ones are mirrored and shifted."""
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(epochs):
+        order = torch.randperm(len(images), generator=draw)
+        for positions in order[: len(order) // BATCH_SIZE * BATCH_SIZE].split(BATCH_SIZE):
+            pixels, labels = images.take(positions)
+            if images.shape[0] == 3:
+                mirror = torch.rand(BATCH_SIZE, 1, 1, 1, generator=draw) < 0.5
+                dy, dx = torch.randint(-SHIFT, SHIFT + 1, (2,), generator=draw).tolist()
+                pixels = torch.where(mirror, pixels.flip(-1), pixels).roll((dy, dx), (2, 3))
+            yield pixels.to(DEVICE), labels.to(DEVICE)
+
+
+def train_judge(name: str, data: str, epochs: int) -> Judge:
+    """Train a judge on the training split."""
+    images = load_images(data, with_labels=True)
+    torch.manual_seed(0)
+    network = JUDGES[name](images.shape[0], len(images.class_names)).to(DEVICE, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, len(images) // BATCH_SIZE * epochs)
+    for pixels, labels in batches(images, epochs):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+            loss = F.cross_entropy(network(pixels)[1].float(), labels, label_smoothing=0.05)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return network.eval()
+
+
+@torch.no_grad()
+def accuracy(network: Judge, data: str) -> float:
+    """The share of the test images whose class has the highest logit."""
+    images = load_images(data, "test", with_labels=True)
+    hits = []
+    for positions in torch.arange(len(images)).split(BATCH_SIZE):
+        pixels, labels = images.take(positions)
+        hits.append(network(pixels.to(DEVICE))[1].argmax(1).cpu() == labels)
+    return torch.cat(hits).double().mean().item()
+
+
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where to save them, as <judge>.pt")
     parser.add_argument("--data", default=BUNDLED, help="labelled images, as `ddpm-pipe train` takes them")
@@ -95,6 +149,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     for name in options.judges:
-        network = train_classifier(options.data, epochs=options.epochs, make=JUDGES[name])
-        torch.jit.script(network).save(str(options.folder / f"{name}.pt"))
-        print(f"{name}: {accuracy(network, options.data):.1%} of the test images are classified rightly", flush=True)
+        network = train_judge(name, options.data, options.epochs)
+        torch.jit.script(network.cpu()).save(str(options.folder / f"{name}.pt"))
+        told = f"{accuracy(network.to(DEVICE), options.data):.1%} of the test images are classified rightly"
+        print(f"{name}: {told}", flush=True)

@@ -84,7 +84,7 @@ def make_network(config: TrainConfig) -> ModelMixin:
 def our_step(config: TrainConfig, precision: str) -> Step:
     """A step of ddpm_pipe.training.loop, without what it writes."""
     accelerator = fresh_accelerator(precision)
-    data = load_images(config.data)
+    data = load_images(config.data, with_labels=config.class_conditional)
     state = TrainState(config, make_unet(config, data), accelerator)
     objective = Objective(make_scheduler(config))
     batches, step = data.batches(config.batch_size, 0), 0

@@ -40,6 +40,9 @@ class PixelDiffusionPipeline(DiffusionPipeline):
     Attributes:
         own_scheduler: the scheduler given here; it says what the network was trained for, whatever is plugged in later.
         samplers: timesteps that were searched for few steps, which `DDPMPipeline` loads; None where there are none.
+        guide: a weaker network for the same images, labels and noise levels, such as a smaller or an earlier one. With
+            a `guidance_scale`, images are pushed away from what it predicts (autoguidance, Karras et al. 2024, "Guiding
+            a diffusion model with a bad version of itself"); None pushes them away from the null class instead.
     """
 
     model_cpu_offload_seq = "unet"
@@ -50,6 +53,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler)
         self.own_scheduler = scheduler
         self.samplers: Any = None
+        self.guide: ModelMixin | None = None
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **components):
@@ -61,6 +65,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         if "unet" not in components:
             made.own_scheduler = getattr(pipeline, "own_scheduler", pipeline.scheduler)
             made.samplers = getattr(pipeline, "samplers", None)
+            made.guide = getattr(pipeline, "guide", None)
         return made
 
     @torch.no_grad()
@@ -92,7 +97,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                 possible, since what was clipped off x0 would stay in the noise; False is what diffusers does.
             class_labels: one class for all images or one per image; None draws without a class.
             guidance_scale: classifier-free guidance (Ho & Salimans 2022): 1 is the plain conditional model, more than 1
-                pushes away from the unconditional one.
+                pushes away from the unconditional one, or from `guide` where there is one, also without classes.
             output_type: "pil", "np" (B, H, W, C) in [0, 1] or "pt" (B, C, H, W) in [0, 1].
             return_dict: return an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end: called as (pipeline, step index, timestep, tensors) after each step; the tensors it
@@ -188,6 +193,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         check_number("eta", eta)
         check_number("guidance_scale", guidance_scale)
         self._check_batch(generator, batch_size)
+        self._check_guide()
         step_options = self._step_options(generator, eta, use_clipped_model_output)
         labels = self.network_labels(class_labels, batch_size, guidance_scale)
         return self.denoiser(labels, guidance_scale), step_options
@@ -205,10 +211,26 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                 f"generator is a list of {len(generators)} for batch_size={batch_size}; give one per image."
             )
 
+    def _check_guide(self) -> None:
+        """Raise ValueError where the guide is a network for other images, labels or inputs than the network's."""
+        if self.guide is None:
+            return
+        for key in ("in_channels", "sample_size", "num_class_embeds", "self_condition"):
+            mine, others = (network.config.get(key) or None for network in (self.unet, self.guide))
+            if mine != others:
+                raise ValueError(f"guide has {key}={others}, and the network that it guides {mine}; they must agree.")
+        if null_class(self.unet) != null_class(self.guide):
+            raise ValueError(
+                f"guide is a {type(self.guide).__name__}, whose null class is not that of the "
+                f"{type(self.unet).__name__} that it guides."
+            )
+
     def learned_timesteps(
         self, num_inference_steps: int | None, has_labels: bool, guidance_scale: float = 1.0, eta: float = 0.0
     ) -> list[int] | None:
         """Return the timesteps that `samplers` has for a call with this scheduler; None where it has none."""
+        if self.guide is not None and guidance_scale != 1:
+            return None  # they were searched without it
         conditions = (num_inference_steps, eta, guidance_scale, has_labels)
         return self.samplers and self.samplers.timesteps_for(self.scheduler, self.own_scheduler, conditions)
 
@@ -243,26 +265,33 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         """Return the network with guidance: (x_t, t, last x0) -> (B, C, H, W), or (B, 2C, H, W) with learned variance.
 
         Args:
-            labels: (B,), or with guidance (2B,), whose second half is the null class; None without classes.
+            labels: (B,), or where the null class guides (2B,) with it in the second half; None without classes.
             scale: strength of the guidance; 1 is none.
         """
-        unet, dtype = self.unet, self.unet.dtype
-        self_condition = unet.config.get("self_condition")
+        unet, guide = self.unet, self.guide
         conditions = {} if labels is None else {"class_labels": labels}
         # only DDPM's schedulers, ours and diffusers', have variance_type: they read a learned variance from the output
         takes_variance = "variance_type" in vars(self.scheduler)
+        if guide is not None and (guide.device, guide.dtype) != (unet.device, unet.dtype):
+            guide.to(unet.device, unet.dtype)
+
+        def predict(network: ModelMixin, x_t: Tensor, t: Tensor, last_x0: Tensor) -> Tensor:
+            inputs = {"sample": x_t if x_t.dtype == network.dtype else x_t.to(network.dtype)}
+            if network.config.get("self_condition"):
+                inputs["self_cond"] = last_x0.clamp(-1, 1).to(network.dtype)
+            # a copy, because a CUDA graph of torch.compile overwrites its output at the next step
+            return network(timestep=t, **inputs, **conditions).sample.to(torch.float32, copy=True)
 
         def denoise(x_t: Tensor, t: Tensor, last_x0: Tensor) -> Tensor:
-            channels, inputs = x_t.shape[1], {"sample": x_t if x_t.dtype == dtype else x_t.to(dtype)}
-            if self_condition:
-                inputs["self_cond"] = last_x0.clamp(-1, 1).to(dtype)
-            if scale != 1.0:  # one pass computes both predictions
-                inputs = {name: torch.cat([images, images]) for name, images in inputs.items()}
-            # a copy, because a CUDA graph of torch.compile overwrites its output at the next step
-            output = unet(timestep=t, **inputs, **conditions).sample.to(torch.float32, copy=True)
-            if scale != 1.0:
-                output, unconditional = output.chunk(2)
-                prediction = torch.lerp(unconditional[:, :channels], output[:, :channels], scale)
+            channels = x_t.shape[1]
+            if scale == 1.0:
+                output = predict(unet, x_t, t, last_x0)
+            else:
+                if guide is None:  # one pass computes both predictions
+                    output, weaker = predict(unet, torch.cat([x_t, x_t]), t, torch.cat([last_x0, last_x0])).chunk(2)
+                else:
+                    output, weaker = (predict(network, x_t, t, last_x0) for network in (unet, guide))
+                prediction = torch.lerp(weaker[:, :channels], output[:, :channels], scale)
                 output = torch.cat([prediction, output[:, channels:]], dim=1)
             return output if takes_variance else output[:, :channels]
 
@@ -277,15 +306,17 @@ class PixelDiffusionPipeline(DiffusionPipeline):
     def network_labels(
         self, class_labels: int | list[int] | Tensor | None, batch_size: int, scale: float = 1.0
     ) -> Tensor | None:
-        """Return labels (B,), or with guidance (2B,), whose second half is the null class; None without classes.
+        """Return labels (B,), or where the null class guides (2B,) with it in the second half; None without classes.
 
         Raises:
             ValueError: for labels or guidance that the network does not have, naming the accepted labels.
         """
         null = null_class(self.unet)
         if null is None:
-            if class_labels is not None or scale != 1.0:
-                raise ValueError("class_labels and guidance_scale need a network with classes; this one has none.")
+            if class_labels is not None or (scale != 1.0 and self.guide is None):
+                raise ValueError(
+                    "class_labels need a network with classes, and guidance_scale one or a guide; this one has none."
+                )
             return None
         given = whole_numbers(null if class_labels is None else class_labels)
         if given is None:
@@ -297,10 +328,10 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         if given.min() < 0 or given.max() > null:
             raise ValueError(f"class_labels must lie between 0 and {null} (the null class).")
         labels = torch.as_tensor(given).to(self._execution_device, non_blocking=True).expand(batch_size)
-        if scale == 1.0:
+        if scale == 1.0 or self.guide is not None:
             return labels
         if class_labels is None:
-            raise ValueError(f"guidance_scale={scale} needs class_labels to guide towards.")
+            raise ValueError(f"guidance_scale={scale} needs class_labels to guide towards, or a guide.")
         return torch.cat([labels, torch.full_like(labels, null)])
 
     def _step_options(

@@ -6,6 +6,7 @@ A tensor is on the device where its storage was made there. Two modes of torch s
 - A kernel that is given tensors of both devices raises an error. As on a GPU, a 0-d tensor of the CPU may take part in
   pointwise arithmetic, and indices may come from the CPU.
 - A generator must be on the device where it draws.
+- Kernels that have no deterministic algorithm on CUDA raise an error where one is asked for.
 - Each wait of the host for the device is noted with its file and line: numbers that are read, results whose size
   depends on numbers, and copies in either direction. A copy with `non_blocking` does not wait where the memory of the
   CPU is pinned, nor where at most 64 KiB go to the device (CUDA C++ Programming Guide, "Asynchronous Concurrent
@@ -38,6 +39,9 @@ SMALL = 64 * 2**10
 """Bytes up to which a copy from memory that is not pinned does not wait."""
 
 INDEXING = {aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default}
+NOT_DETERMINISTIC = {aten.multinomial.default, aten.cumsum.default, aten.histc.default, aten.median.dim}
+"""Kernels that CUDA refuses where algorithms must be deterministic (torch.use_deterministic_algorithms), of those that
+this package might call; that of multinomial sums up probabilities."""
 FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray}
 NAMES_ONLY = {torch.device, torch._C._nn._parse_to}
 """Calls that name a device and make no tensor."""
@@ -209,6 +213,8 @@ class Kernels(TorchDispatchMode):
             if off:
                 emulated.note_copy(args[1], args[0], args[2] if len(args) > 2 else False)
             return function(*args, **kwargs)
+        if function in NOT_DETERMINISTIC and torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError(f"{function} does not have a deterministic implementation")
         if function in INDEXING:
             self._index(*args)
         else:

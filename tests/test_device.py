@@ -41,9 +41,11 @@ PICTURES = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
-def device():
+def device(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as choose_kernels sets it for deterministic runs
     with emulated_device() as emulated:
         yield emulated
+    torch.use_deterministic_algorithms(False)
 
 
 def scheduler(**options) -> DDPMScheduler:
@@ -224,6 +226,7 @@ def run(config) -> None:
         ({}, 1),
         ({"mixed_precision": "bf16"}, 1),
         ({"mixed_precision": "fp16"}, 1),
+        ({"deterministic": True, "optimizer": "muon", "unet": NETWORK | {"dropout": 0.1}}, 1),
         ({"gradient_accumulation_steps": 2, "class_conditional": True, "flip": True, "offset_noise": 0.1}, 1),
         ({"unet": NETWORK | {"self_condition": True, "dropout": 0.1}}, 1),
         ({"unet": STOCK, "class_conditional": True}, 1),

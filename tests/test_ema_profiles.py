@@ -254,6 +254,31 @@ def test_the_command_writes_pipelines_of_tracked_and_other_widths(pair, repo):
 
 
 @a_real_run
+def test_averages_are_compared_on_the_held_out_images_of_the_run(tmp_path, capsys):
+    run = Run(make_run(tmp_path / "run", holdout=20, sample_every=40))
+    widths = {0.05: run.average(0.05), 0.1: run.average(0.1), 0.25: run.average(0.25)}
+    posthoc.average(AverageConfig(run=str(run), sigma_rel=list(widths)))
+    told = capsys.readouterr().out
+    losses = posthoc.held_out_losses(run, [run.pipeline, *widths.values()])
+    measured = [entry["held_out_loss"] for entry in run.read_metrics() if "held_out_loss" in entry]
+    assert losses[run.pipeline] == pytest.approx(measured[-1], rel=1e-6)  # as the run measured its own average
+    assert len(set(losses.values())) == 4 and all(f"{place}: loss {loss:.5f}" in told for place, loss in losses.items())
+    best = min(losses, key=losses.__getitem__)
+    assert f"{best.name} has the least loss; share it with `ddpm-pipe push --run {run} --pipeline {best.name}`." in told
+
+
+@a_real_run
+def test_averages_are_written_though_the_images_are_gone(tmp_path, few_images, capsys):
+    data = tmp_path / "images"
+    shutil.copytree(few_images, data)
+    run = Run(make_run(tmp_path / "run", data=str(data), holdout=20))
+    shutil.rmtree(data)
+    (folder,) = posthoc.average(AverageConfig(run=str(run), sigma_rel=[0.05]))
+    assert DDPMPipeline.from_pretrained(folder)
+    assert "the averages are written, but were not compared on held-out images: data=" in capsys.readouterr().out
+
+
+@a_real_run
 @pytest.mark.parametrize("width", TRACKED)
 def test_a_tracked_average_comes_back(pair, width):
     rebuilt, tracked = reconstruct(Run(pair.tracked), width)[0], last(pair.tracked, f"ema-{width}")

@@ -29,6 +29,7 @@ from ddpm_pipe.data.memory import load_images
 from ddpm_pipe.sampling.config import ALIASES, SCHEDULERS, GenerateConfig, parse_seeds
 from ddpm_pipe.sampling.generate import FORMATS, generate
 from ddpm_pipe.sampling.protocol import pipeline_for, protocol, sample_images
+from ddpm_pipe.weights import weights_sha256
 
 SIZE, CLASSES, STEPS = 8, 3, 20
 NETWORKS = {
@@ -452,6 +453,33 @@ def test_the_label_of_an_image_is_a_function_of_its_seed(config, rule, expected)
         assert_same_images({3: images[0]}, alone)
 
 
+def test_a_guide_has_its_part_in_the_images_and_in_their_protocol(config, models, tmp_path):
+    weaker = DDPMPipeline.from_pretrained(models["plain"])
+    for parameter in weaker.unet.parameters():
+        parameter.data *= 0.9
+    weaker.save_pretrained(tmp_path / "weaker")
+    guided = config(guide=str(tmp_path / "weaker"), guidance_scale=2.0)
+    folder = generate(guided)
+    written = json.loads((folder / "generation.json").read_text())
+    assert written["guide"] == "weaker" and written["guide_sha256"] == weights_sha256(tmp_path / "weaker")
+
+    pipeline = DDPMPipeline.from_pretrained(models["plain"])
+    pipeline.guide = weaker.unet
+    ((_, images, _),) = sample_images(pipeline, [0, 1], 2, num_inference_steps=4, guidance_scale=2.0)
+    assert_same_images(draw(guided, [0, 1]), dict(enumerate(images)))
+    assert not torch.equal(images[0], draw(config(), [0])[0])
+    with refused("holds images of guide_sha256.diffusion_pytorch_model"):
+        generate(guided.replace(guide=models["plain"]))
+
+
+def test_a_guide_of_other_noise_levels_is_refused(config, models, tmp_path):
+    other = DDPMPipeline.from_pretrained(models["plain"])
+    other.scheduler = DDPMScheduler.from_config(other.scheduler.config, beta_schedule="linear", beta_end=0.03)
+    other.save_pretrained(tmp_path / "other")
+    with refused("guide='.*other' was trained for other noise levels than the model"):
+        generate(config(guide=str(tmp_path / "other"), guidance_scale=2.0))
+
+
 def test_labels_have_their_part_in_the_images(config):
     without, labelled, guided = (
         draw(config("classes", **options), [1])[1]
@@ -614,8 +642,10 @@ def test_more_seeds_than_fit_into_memory_are_refused(text):
         ({"eta": 0.5}, "eta=0.5 has no meaning for DDPMScheduler"),
         ({"eta": 2.0, "scheduler": "ddim"}, "eta=2.0 must lie between 0"),
         ({"class_labels": "balanced"}, "class_labels='balanced' needs a network with classes; this one has none"),
-        ({"guidance_scale": 2.0}, "guidance_scale need a network with classes"),
+        ({"guidance_scale": 2.0}, "guidance_scale one or a guide"),
         ({"kind": "classes", "guidance_scale": 2.0}, "guidance_scale=2.0 needs class_labels"),
+        ({"guide": "here"}, "guide='here' needs a guidance_scale other than 1"),
+        ({"guide": "/nowhere", "guidance_scale": 2.0}, "guide='/nowhere' is neither a folder here nor the id"),
         ({"kind": "classes", "class_labels": "0,3"}, "class_labels='0,3' must be balanced, or classes from 0 to 2"),
         ({"kind": "classes", "class_labels": "cat"}, "class_labels='cat' must be balanced, or classes from 0 to 2"),
         (

@@ -1,5 +1,6 @@
 """The pipeline: closed form, then diffusers' pipelines as reference, then each argument by itself."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from conftest import one_sentence
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
@@ -312,6 +314,50 @@ def test_guidance_moves_away_from_the_unconditional_prediction(class_pipe, scale
     images = sample(class_pipe, class_labels=LABELS, guidance_scale=scale)
     assert_close(images, expected, **ROUNDING)
     assert (sample(class_pipe, class_labels=LABELS) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("labels", [LABELS, None], ids=["classes", "no class"])
+def test_a_guide_takes_the_place_of_the_null_class(class_pipe, labels):
+    """Where every class of the guide is the null class of the network, its guidance is that of Ho & Salimans."""
+    pipe = DDPMPipeline.from_pipe(class_pipe)
+    pipe.guide = copy.deepcopy(pipe.unet)
+    rows = pipe.guide.class_embedding.weight
+    rows.data = rows.data[3].expand_as(rows).clone()
+    expected = sample(class_pipe, class_labels=labels, guidance_scale=1.0 if labels is None else 3.0)
+    assert_close(sample(pipe, class_labels=labels, guidance_scale=3.0), expected, **ROUNDING)
+
+
+@pytest.mark.parametrize("unet", [our_unet, stock_unet])
+def test_a_network_without_classes_is_guided_by_a_weaker_one(unet):
+    pipe = our_pipe(unet(), DDIMScheduler())
+    pipe.guide = copy.deepcopy(pipe.unet)
+    for parameter in pipe.guide.parameters():
+        parameter.data *= 0.9
+
+    def guided(x, t):
+        output, weaker = (network(x, t).sample for network in (pipe.unet, pipe.guide))
+        return weaker + 2.0 * (output - weaker)
+
+    expected = sample_by_hand(pipe, guided)
+    assert_close(sample(pipe, guidance_scale=2.0), expected, **ROUNDING)
+    assert (sample(pipe) - expected).abs().max() > 1e-3
+    assert_close(sample(DDPMPipeline.from_pipe(pipe), guidance_scale=2.0), expected, **ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("guide", "told"),
+    [
+        (lambda: our_unet(sample_size=4, num_class_embeds=3), "sample_size=4"),
+        (our_unet, "num_class_embeds=None"),
+        (lambda: our_unet(num_class_embeds=3, self_condition=True), "self_condition=True"),
+        (lambda: stock_unet(num_class_embeds=3), "whose null class"),
+    ],
+)
+def test_a_guide_for_other_images_is_one_sentence(guide, told):
+    pipe = our_pipe(our_unet(num_class_embeds=3))
+    pipe.guide = guide()
+    with one_sentence("guide", told):
+        sample(pipe, class_labels=LABELS, guidance_scale=2.0)
 
 
 @pytest.mark.parametrize("ddim", [DDIMScheduler, diffusers.DDIMScheduler])

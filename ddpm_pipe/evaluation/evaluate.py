@@ -283,6 +283,7 @@ def describe_sampler(config: SampleConfig, pipeline: PixelDiffusionPipeline) -> 
     parts += ["learned timesteps"] if learned_timesteps(config, pipeline) else []
     parts += [f"eta {config.eta:g}"] if config.eta else []
     parts += [f"guidance {config.guidance_scale:g}"] if config.guidance_scale != 1 else []
+    parts += [f"guide {shared_name(config.guide)}"] if config.guide is not None else []
     parts += [f"classes {config.class_labels}"] if config.class_labels else []
     return ", ".join(parts)
 

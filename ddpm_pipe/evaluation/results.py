@@ -120,12 +120,14 @@ class Results:
     def recommended(self, model: Path) -> Sampler | None:
         """Return the sampler of a model with the fewest network calls whose FID is within 5 % of the best of the sweep.
 
-        Of several with as many calls it is that of the lowest FID.
+        Of several with as many calls it is that of the lowest FID. Images with a guide do not count: the pipeline does
+        not carry that model.
 
         Returns:
             The sampler; None where fewer than two settings of the model have an FID.
         """
-        points = [point for point in self.points if point.model == model and point.distance < math.inf]
+        own = [point for point in self.points if point.model == model and "guide" not in point.sampling]
+        points = [point for point in own if point.distance < math.inf]
         if len(points) < 2:
             return None
         best = min(point.distance for point in points)

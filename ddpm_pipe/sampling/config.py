@@ -66,7 +66,9 @@ class SampleConfig(ModelConfig):
     class_labels: str | None = None
     """balanced for all classes, or class numbers with commas between; the seeds take them in turn"""
     guidance_scale: Float = 1.0
-    """scale of classifier-free guidance; 1 applies none"""
+    """scale of guidance, away from images without a class or from those of the guide; 1 applies none"""
+    guide: Place | None = None
+    """a weaker model, such as an earlier or smaller one: a pipeline folder, or the id of a repository on the Hub"""
 
     @field_validator("scheduler")
     @classmethod
@@ -79,6 +81,12 @@ class SampleConfig(ModelConfig):
     @classmethod
     def _without_blanks(cls, labels: str | None) -> str | None:
         return labels and labels.replace(" ", "")
+
+    @model_validator(mode="after")
+    def _guided(self) -> Self:
+        if self.guide is not None and self.guidance_scale == 1:
+            raise ValueError(f"guide={self.guide!r} needs a guidance_scale other than 1, which applies no guidance.")
+        return self
 
     def call_options(self) -> dict[str, Any]:
         """Return the options that `sample_images` takes."""
@@ -113,6 +121,12 @@ class TimestepsConfig(SampleConfig):
     """number of steps of DPM-Solver++ (dpm++) for the solution that the few steps are to come close to"""
     num_images: PositiveInt = 64
     """number of images that the search compares, and of others on which its result is checked"""
+
+    @model_validator(mode="after")
+    def _unguided(self) -> Self:
+        if self.guide is not None:
+            raise ValueError("guide must not be given: the pipeline would keep the timesteps and not the guide.")
+        return self
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -37,7 +37,7 @@ from ddpm_pipe.sampling.protocol import (
 GENERATION = "generation.json"
 """File that holds the protocol of a folder of images; it is written before the first image."""
 
-NOT_COMPARED = ("model", "revision", "seeds", "versions")
+NOT_COMPARED = ("model", "guide", "revision", "seeds", "versions")
 """Entries of a protocol that may change when `generate` adds to a folder; checksums, not names, tell the weights."""
 
 

@@ -18,7 +18,7 @@ from ddpm_pipe.compatibility import check_scheduler
 from ddpm_pipe.pipeline import null_class
 from ddpm_pipe.pretrained import DDPMPipeline
 from ddpm_pipe.samplers import OWN_SCHEDULERS, Sampler, accepted_keys, make_scheduler
-from ddpm_pipe.sampling.config import SCHEDULERS, ModelConfig, SampleConfig
+from ddpm_pipe.sampling.config import SCHEDULERS, SampleConfig
 from ddpm_pipe.sharing.privacy import shared_name
 from ddpm_pipe.weights import weights_sha256
 
@@ -90,42 +90,59 @@ def label_cycle(unet: ModelMixin, class_labels: str | None) -> list[int] | None:
 # ---------------------------------------------------------------- the model and its protocol
 
 
-def load_model(config: ModelConfig) -> DDPMPipeline:
-    """Load the model of the config onto the CPU.
-
-    Raises:
-        ValueError: for a model or revision that is not valid, or files that are damaged.
-        OSError: where a repository or revision does not exist or may not be read.
-    """
-    local = Path(config.model).is_dir()
-    if local and config.revision is not None:
-        raise ValueError(
-            f"revision={config.revision!r} is of a repository on the Hub, and model={config.model!r} a folder."
-        )
-    try:
-        folder = config.model if local else DDPMPipeline.download(config.model, revision=config.revision)
-    except HFValidationError as error:
-        raise ValueError(f"model={config.model!r} is neither a folder here nor the id of a repository.") from error
-    return DDPMPipeline.from_pretrained(folder, torch_dtype=getattr(torch, config.dtype))
-
-
 def pipeline_for(config: SampleConfig) -> DDPMPipeline:
-    """Load the model of the config onto the CPU, and give it the scheduler of the config.
+    """Load the model of the config, and its guide, onto the CPU, and give it the scheduler of the config.
 
     Raises:
         ValueError: for a model, scheduler, option or number of steps that is not valid.
     """
-    pipeline = load_model(config)
-    pipeline.set_progress_bar_config(disable=True)
-    if config.compile != "none":
-        pipeline.unet.compile(mode=config.compile)
+    pipeline = load_pipeline("model", config.model, config)
     steps = pipeline.scheduler.config.num_train_timesteps
     if config.steps is not None and not 1 <= config.steps <= steps:
         raise ValueError(f"steps={config.steps} must lie between 1 and the {steps} that the model was trained with.")
+    if config.guide is not None:
+        guide = load_pipeline("guide", config.guide, config.replace(revision=None))
+        try:
+            check_scheduler(guide.scheduler, pipeline.scheduler)
+        except ValueError as error:
+            raise ValueError(
+                f"guide={config.guide!r} was trained for other noise levels than the model: {error}"
+            ) from error
+        pipeline.guide = guide.unet
     pipeline.scheduler = plug_in(
         pipeline.scheduler, config.scheduler, config.scheduler_options, fewer=config.steps not in (None, steps)
     )
     return pipeline
+
+
+def load_pipeline(key: str, place: str, config: SampleConfig) -> DDPMPipeline:
+    """Load what `key` of the config names onto the CPU, with the precision and the compilation of the config.
+
+    Raises:
+        ValueError: where there is no such pipeline.
+    """
+    folder = find_pipeline(key, place, config.revision)
+    pipeline = DDPMPipeline.from_pretrained(folder, torch_dtype=getattr(torch, config.dtype))
+    pipeline.set_progress_bar_config(disable=True)
+    if config.compile != "none":
+        pipeline.unet.compile(mode=config.compile)
+    return pipeline
+
+
+def find_pipeline(key: str, place: str, revision: str | None = None) -> Path:
+    """Return the folder of the pipeline that `key` of a config names; one on the Hub is downloaded first.
+
+    Raises:
+        ValueError: where there is no such pipeline.
+    """
+    if not Path(place).is_dir():
+        try:
+            return Path(DDPMPipeline.download(place, revision=revision))
+        except HFValidationError as error:
+            raise ValueError(f"{key}={place!r} is neither a folder here nor the id of a repository.") from error
+    if revision is not None:
+        raise ValueError(f"revision={revision!r} is of a repository on the Hub, and {key}={place!r} a folder.")
+    return Path(place)
 
 
 def plug_in(own: SchedulerMixin, name: str | None, options: dict[str, Any], fewer: bool) -> SchedulerMixin:
@@ -177,6 +194,9 @@ def protocol(config: SampleConfig, pipeline: DDPMPipeline) -> dict[str, Any]:
     }
     timesteps = learned_timesteps(config, pipeline)
     entries |= {} if timesteps is None else {"timesteps": timesteps}
+    if config.guide is not None:
+        folder = find_pipeline("guide", config.guide)
+        entries |= {"guide": shared_name(config.guide), "guide_sha256": weights_sha256(folder)}
     return json.loads(json.dumps(entries), parse_constant=str)
 
 

@@ -71,7 +71,7 @@ def micro_batches(
     Args:
         config: the config of the run.
         accelerator: gives the device, the number of processes and the index of this one.
-        probabilities: probability of each timestep, (T,), on the device.
+        probabilities: probability of each timestep, (T,), on the CPU.
         step: optimizer steps done.
         shape: (C, H, W) of the images.
     """
@@ -87,8 +87,10 @@ def micro_batches(
         drawn = torch.cat([torch.randn(BLOCK, *sizes, generator=each, device=device) for each in generators])
         return drawn[part.start - blocks.start * BLOCK :][: part.stop - part.start]
 
-    t = torch.multinomial(probabilities, size, replacement=True, generator=draw("timestep"))
-    weight = (1 / (config.num_train_timesteps * probabilities[t])).float()
+    # drawn on the CPU, because multinomial raises an error on CUDA where algorithms must be deterministic
+    t = torch.multinomial(probabilities, size, replacement=True, generator=generator(config.seed, "timestep", step))
+    weight = to_device((1 / (config.num_train_timesteps * probabilities[t])).float(), device)
+    t = to_device(t, device)
     mirror = hide_label = keys = None
     if config.flip:  # drawn on the CPU, as earlier versions did
         mirror = to_device(torch.rand(size, generator=generator(config.seed, "flip", step)) < 0.5, device)

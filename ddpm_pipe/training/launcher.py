@@ -80,7 +80,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def choose_kernels(deterministic: bool) -> None:
-    """Choose how CUDA computes: fast, or with the same bits in every run. No GPU has shown what this gains.
+    """Choose how CUDA computes: fast, or with the same bits in every run. What each choice gains was not measured.
 
     float32 products are rounded to TF32, as torch does in convolutions anyway. That has three bits more than bf16, in
     which training computes by default, and gives the same bits each time. NVIDIA_TF32_OVERRIDE=0 turns it off.

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 from ddpm_pipe.data.memory import ImageData, load_images
 from ddpm_pipe.data.stream import ImageStream, stream_images
@@ -139,7 +139,9 @@ def save(
         state.save(run, step)  # last, so that where a checkpoint exists, the rest does too
 
 
-def load_training_images(config: TrainConfig, accelerator: Accelerator) -> tuple[ImageData | ImageStream, ImageData]:
+def load_training_images(
+    config: TrainConfig, accelerator: Accelerator | PartialState
+) -> tuple[ImageData | ImageStream, ImageData]:
     """Return the images to train on and those held out.
 
     On each machine one process reads them first and fills the caches for the others.

@@ -37,17 +37,17 @@ def hidden_matrices(unet: nn.Module) -> list[Tensor]:
     ]
 
 
-def orthogonalized(matrix: Tensor) -> Tensor:
-    """Bring all singular values of a matrix, (m, n), near 1 by Newton-Schulz iterations.
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """Bring all singular values of each matrix, (..., m, n), near 1 by Newton-Schulz iterations.
 
     Each iteration multiplies M by a + b M M^T + c (M M^T)^2. The product of these factors is a polynomial of the first
     Gram matrix M M^T, or M^T M if that is smaller, so M itself is multiplied only once.
     """
-    tall = matrix.shape[0] > matrix.shape[1]
-    wide = matrix.mT if tall else matrix
-    wide = wide / wide.norm().clamp(min=1e-7)
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    wide = matrices.mT if tall else matrices
+    wide = wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp(min=1e-7)
     a, b, c = COEFFICIENTS
-    gram, eye = wide @ wide.mT, torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
+    gram, eye = wide @ wide.mT, torch.eye(wide.shape[-2], dtype=wide.dtype, device=wide.device)
     product = eye
     for _ in range(ITERATIONS):
         factor = a * eye + b * gram + c * gram @ gram
@@ -86,22 +86,33 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        group = self.param_groups[1]
-        gradients = [(matrix, matrix.grad) for matrix in group["params"] if matrix.grad is not None]
-        for matrix, gradient in gradients:
-            self._move(matrix, gradient, group)
+        matrices = [matrix for matrix in self.param_groups[1]["params"] if matrix.grad is not None]
+        gradients = [matrix.grad for matrix in matrices]
+        self._move(matrices, gradients, self.param_groups[1])
+        for matrix in matrices:
             matrix.grad = None  # AdamW leaves it where it is
         result = super().step(closure)
-        for matrix, gradient in gradients:
+        for matrix, gradient in zip(matrices, gradients):
             matrix.grad = gradient
         return result
 
-    def _move(self, matrix: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _move(self, matrices: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        """Move the matrices, all of one shape at once: to a GPU a small product takes as long as a large one."""
+        momenta = [self._momentum(matrix) for matrix in matrices]
+        torch._foreach_mul_(momenta, group["momentum"])
+        torch._foreach_add_(momenta, gradients)
+        ahead = [each.flatten(1) for each in torch._foreach_add(gradients, momenta, alpha=group["momentum"])]
+        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+        for shape in dict.fromkeys(each.shape for each in ahead):
+            places = [i for i, each in enumerate(ahead) if each.shape == shape]
+            directions = orthogonalized(torch.stack([ahead[i] for i in places]))
+            size = group["lr"] * group["rms"] * max(shape) ** 0.5
+            alike = [matrices[i] for i in places]
+            torch._foreach_add_(alike, [d.view_as(m) for d, m in zip(directions, alike)], alpha=-size)
+
+    def _momentum(self, matrix: Tensor) -> Tensor:
         state = self.state[matrix]
         if not state:  # AdamW loads the state of parameters that have a step
             state |= {"step": torch.tensor(0.0), "momentum": torch.zeros_like(matrix)}
         state["step"] += 1
-        state["momentum"].mul_(group["momentum"]).add_(gradient)
-        direction = orthogonalized(gradient.add(state["momentum"], alpha=group["momentum"]).flatten(1))
-        size = group["lr"] * group["rms"] * max(direction.shape) ** 0.5
-        matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction.view_as(matrix), alpha=-size)
+        return state["momentum"]

@@ -7,11 +7,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ddpm_pipe.launch import processes
 from ddpm_pipe.pretrained import DDPMPipeline
 from ddpm_pipe.run.files import MANIFEST, CheckpointError, check_manifest, shapes
 from ddpm_pipe.run.folder import Run
-from ddpm_pipe.training.config import AverageConfig
+from ddpm_pipe.training.config import AverageConfig, TrainConfig
 from ddpm_pipe.training.ema import posthoc_coefficients
+from ddpm_pipe.training.log import named_means
+from ddpm_pipe.training.loop import load_training_images
+from ddpm_pipe.training.recipe import make_objective, make_scheduler
+from ddpm_pipe.training.validation import held_out_sums
 
 
 def find_snapshots(run: Run) -> list[tuple[int, float, Path]]:
@@ -70,7 +75,10 @@ def read_snapshot(path: Path) -> dict[str, Tensor]:
 
 
 def average(config: AverageConfig) -> list[Path]:
-    """Write the pipeline of each average into the run folder, print the error of its profile, and return the folders.
+    """Write the pipeline of each average into the run folder and return the folders.
+
+    It prints the error of the profile of each. Where the run has held-out images, it also prints the loss of each
+    average and of the run's own on them, and names the best.
 
     Raises:
         ValueError: where the run has no pipeline, or one of another network than the snapshots.
@@ -92,4 +100,40 @@ def average(config: AverageConfig) -> list[Path]:
         run.save_pipeline(folder, DDPMPipeline(unet, pipeline.scheduler), step)
         print(f"{folder}: sigma_rel {width:g}, error of its profile {error:.2%}")
         written.append(folder)
+    compare(run, [run.pipeline, *written])
     return written
+
+
+# ---------------------------------------------------------------- which is the best
+
+
+def compare(run: Run, pipelines: list[Path]) -> None:
+    """Print the loss of pipelines on the held-out images of their run, if it has any, and name the best."""
+    try:
+        losses = held_out_losses(run, pipelines) if run.read_config().get("holdout") else {}
+    except ValueError as error:
+        print(f"the averages are written, but were not compared on held-out images: {error}")
+        return
+    if not losses:
+        return
+    for pipeline, loss in losses.items():
+        print(f"{pipeline}: loss {loss:.5f} on the held-out images")
+    best = min(losses, key=losses.__getitem__)
+    print(f"{best.name} has the least loss; share it with `ddpm-pipe push --run {run} --pipeline {best.name}`.")
+
+
+def held_out_losses(run: Run, pipelines: list[Path]) -> dict[Path, float]:
+    """Return the loss of pipelines on the held-out images of their run, as the run itself measures it.
+
+    Raises:
+        ValueError: where the images cannot be read, or the config of the run is not of this version.
+    """
+    config, state = TrainConfig(**run.read_config()), processes()
+    _, held_out = load_training_images(config, state)
+    objective = make_objective(config, make_scheduler(config))
+    losses = {}
+    for pipeline in pipelines:
+        unet = DDPMPipeline.from_pretrained(pipeline).unet.to(state.device)
+        sums = held_out_sums(config, unet, objective, held_out, state.device)
+        losses[pipeline] = named_means("held_out_loss", sums)["held_out_loss"]
+    return losses

@@ -25,7 +25,7 @@ def training_step(
         Timesteps (n,) and losses (n,) of this process, one pair per accumulation step.
     """
     accelerator = state.accelerator
-    seen, probabilities = [], state.timesteps.probabilities(accelerator.device)
+    seen, probabilities = [], state.timesteps.probabilities()
     progress = step / state.config.steps
     for part, draws in micro_batches(state.config, accelerator, probabilities, step, shape):
         x0, labels = batches(step, part, accelerator.device)

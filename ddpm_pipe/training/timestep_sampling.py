@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-from ddpm_pipe.launch import to_device
-
 
 class UniformSampler:
     """Draws every timestep equally often (DDPM, Algorithm 1, line 3).
@@ -16,9 +14,9 @@ class UniformSampler:
     def __init__(self, steps: int):
         self.steps = steps
 
-    def probabilities(self, device: torch.device | str = "cpu") -> Tensor:
-        """Return the probability of each timestep, float64 (T,) on a device."""
-        return torch.full((self.steps,), 1 / self.steps, dtype=torch.float64, device=device)
+    def probabilities(self) -> Tensor:
+        """Return the probability of each timestep, float64 (T,) on the CPU."""
+        return torch.full((self.steps,), 1 / self.steps, dtype=torch.float64)
 
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Do nothing: the uniform distribution does not depend on losses."""
@@ -45,11 +43,11 @@ class LossSecondMomentSampler(UniformSampler):
         self.losses = torch.zeros(steps, history, dtype=torch.float64)
         self.counts = torch.zeros(steps, dtype=torch.long)
 
-    def probabilities(self, device: torch.device | str = "cpu") -> Tensor:
+    def probabilities(self) -> Tensor:
         if (self.counts < self.losses.shape[1]).any():
-            return super().probabilities(device)
+            return super().probabilities()
         weights = self.losses.square().mean(1).sqrt()
-        return to_device(0.999 * weights / weights.sum() + 0.001 / self.steps, device)
+        return 0.999 * weights / weights.sum() + 0.001 / self.steps
 
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Record the losses (B,) of timesteps (B,); a new loss replaces the oldest one of its timestep."""
