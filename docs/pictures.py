@@ -1,7 +1,7 @@
 """Draw the pictures of the documentation: `python docs/pictures.py runs/fashion_mnist`, the run of the first command.
 
 They go to docs/pictures/. Each is drawn on the CPU from fixed seeds, so the same model gives the same pictures; all of
-them take about two minutes of one core.
+them take a few minutes of one core.
 """
 
 import argparse
