@@ -1,7 +1,7 @@
 """Draw the pictures of the documentation: `python docs/pictures.py runs/fashion_mnist`, the run of the first command.
 
 They go to docs/pictures/. Each is drawn on the CPU from fixed seeds, so the same model gives the same pictures; all of
-them take about two minutes of one core.
+them take a few minutes of one core.
 """
 
 import argparse
@@ -127,7 +127,7 @@ def denoising(pipeline: DDPMPipeline) -> Image.Image:
 def guidance(pipeline: DDPMPipeline, names: list[str]) -> Image.Image:
     """Draw the same seeds with growing scale of classifier-free guidance, one row each."""
     scales = [0.0, 1.0, 2.0, 4.0, 8.0]
-    rows = [draw_samples(pipeline, SEEDS, steps=50, scale=scale) for scale in scales]
+    rows = [draw_samples(pipeline, SEEDS, steps=20, scale=scale) for scale in scales]
     return table(rows, [short(name) for name in names], [f"scale {scale:g}" for scale in scales])
 
 
@@ -156,7 +156,7 @@ def interpolation(pipeline: DDPMPipeline) -> Image.Image:
     rows = []
     for label in (7, 3, 8):
         ends = [torch.Generator().manual_seed(seed) for seed in (label, label + 20)]
-        images = between(10, ends, 50, class_labels=label, output_type="pt").images
+        images = between(10, ends, 25, class_labels=label, output_type="pt").images
         rows.append((images * 255).round().to(torch.uint8))
     return table(rows, [], [])
 

@@ -203,10 +203,10 @@ def test_the_last_estimate_of_ddim_is_the_image(grey):
 
 
 def test_of_many_steps_some_are_kept(tmp_path):
-    model = load(save(tmp_path / "long", DDPMScheduler(3 * FRAMES)))
-    frames = watch(model, draw(model, settings(model, steps=3 * FRAMES, sampler="ddpm"), 1))
+    model = load(save(tmp_path / "long", DDPMScheduler(2 * FRAMES)))
+    frames = watch(model, draw(model, settings(model, steps=2 * FRAMES, sampler="ddpm"), 1))
     assert len(frames) == FRAMES + 1
-    assert [frames[i].title.split(" of ")[0] for i in (0, 1, 2)] == ["step 1", "step 4", "step 7"]
+    assert [frames[i].title.split(" of ")[0] for i in (0, 1, 2)] == ["step 1", "step 3", "step 5"]
 
 
 # ---------------------------------------------------------------- how it opens
@@ -232,6 +232,9 @@ def test_the_recommended_sampler_leads(folders, tmp_path, timesteps):
     seeds = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     assert same(draw(model, first, 2).run(model), pipeline(2, seeds, class_labels=[0, 1], **options).images)
     assert len(similar(model, first, photo(), 2, 0.5).run(model)) == 2
+    for changes in ({"guidance_scale": 1.0}, {"class_labels": None}):
+        call = draw(model, first.replace(**changes), 1)
+        assert "guidance_scale" not in call.options and call.run(model)
 
 
 def test_a_model_of_few_steps_leads_with_its_own_scheduler(tmp_path):
@@ -251,8 +254,11 @@ def test_class_names_come_from_the_run_or_the_card(folders, tmp_path):
     (run / "plan.json").write_text(json.dumps({"class_names": ["cat", "dog", "sheep, or goat"]}))
     assert load(str(folder)).class_names == ["cat", "dog", "sheep, or goat"]
     alone = shutil.copytree(folder, tmp_path / "downloaded")
-    (alone / "README.md").write_text('---\nclass_names:\n- cat\n- dog\n- "sheep, or goat"\n---\n')
-    assert load(str(alone)).class_names == ["cat", "dog", "sheep, or goat"]
+    (alone / "README.md").write_text('---\nclass_names:\n- cat\n- 7\n- "sheep, or goat"\n---\n')
+    assert load(str(alone)).class_names == ["cat", "7", "sheep, or goat"]
+    for damaged in ("---\nclass_names: [cat\n---\n", "---\nclass_names: 7\n---\n", "no metadata"):
+        (alone / "README.md").write_text(damaged)
+        assert load(str(alone)).class_names == ["class 0", "class 1", "class 2"]
 
 
 # ---------------------------------------------------------------- what is refused

@@ -12,10 +12,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from emulated_device import CPU, CUDA, check, emulated_device
+from PIL import Image
 from runs import NETWORK, STOCK, assert_same, final_state
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_pipe import DDIMScheduler, DDPMPipeline, DDPMScheduler, DDPMUNet2DModel
+from ddpm_pipe.demo.config import DemoConfig
+from ddpm_pipe.demo.draw import Model, draw, interpolate, redraw, similar, watch
 from ddpm_pipe.editing import ImageToImagePipeline, InpaintPipeline, InterpolationPipeline, InversionPipeline, slerp
 from ddpm_pipe.evaluation.bits import denoiser
 from ddpm_pipe.evaluation.features import load_features
@@ -352,6 +355,24 @@ def test_the_images_of_seeds_are_those_of_the_cpu(device):
     made.to("cpu")
     ((_, same, _),) = sample_images(made, [3, 4], 2, num_inference_steps=4)
     assert torch.equal(images, same) and images.device == CPU
+
+
+def test_the_page_draws_on_the_device_what_it_draws_on_the_cpu(device):
+    model = Model(DemoConfig(model="org/name"), pipeline(scheduler()), [str(label) for label in range(10)])
+    settings = model.first_settings.replace(steps=2)
+    picture, mask = Image.new("RGB", (9, 9), "red"), Image.new("L", (9, 9), 255)
+
+    def everything() -> list[bytes]:
+        calls = [draw(model, settings, 1), interpolate(model, settings, 1, 2)]
+        calls += [similar(model, settings, picture, 1, 0.5), redraw(model, settings, picture, mask, 1, 1)]
+        images = [image for call in calls for image in call.run(model)]
+        images += [frame.x0 for frame in watch(model, draw(model, settings, 1))]
+        return [image.tobytes() for image in images]
+
+    there = everything()
+    assert 'from_pretrained("org/name").to("cuda")\n' in draw(model, settings, 1).code(model)
+    model.pipeline.to("cpu")
+    assert everything() == there
 
 
 # ---------------------------------------------------------------- editing, likelihood, features

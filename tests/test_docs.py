@@ -272,10 +272,10 @@ def test_the_notebook_runs_from_top_to_bottom(repo, features, tmp_path):
     notebook = nbformat.read(repo / "examples" / "quickstart.ipynb", as_version=4)
     assert not [cell for cell in notebook.cells if cell.get("outputs") or cell.get("execution_count")]
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
-    values = {"RUN": str(tmp_path / "run"), "STEPS": 2, "IMAGES": 20, "FEATURES": str(features)}
+    values = {"RUN": str(tmp_path / "run"), "STEPS": 2, "GRID": 10, "IMAGES": 20, "FEATURES": str(features)}
     assert re.findall(r"^(\w+) =", parameters.source, re.M) == list(values)
     parameters.source = "\n".join(f"{name} = {value!r}" for name, value in values.items())
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": repo / "examples"}}).execute()
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": repo / "examples"}}).execute()
     pictures = [
         output for cell in notebook.cells for output in cell.get("outputs", ()) if "image/png" in output.get("data", {})
     ]

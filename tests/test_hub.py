@@ -351,6 +351,7 @@ def card(config, tmp_path_factory) -> ModelCard:
 def test_the_card_names_licence_data_and_metrics_where_the_hub_reads_them(card, config):
     data = card.data
     assert (data.license, data.datasets, data.library_name) == ("mit", ["zalando-datasets/fashion_mnist"], "diffusers")
+    assert data.get("class_names")[:2] == ["T-shirt/top", "Trouser"] and len(data.get("class_names")) == 10
     (result,) = data.eval_results
     logged = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
     held_out = [entry["held_out_loss"] for entry in logged if "held_out_loss" in entry]

@@ -112,6 +112,11 @@ def test_a_public_space_is_pushed_to_only_when_told(hub, push):
         push(*PAGE)
 
 
+def test_a_page_needs_the_id_of_a_model(push):
+    with one_sentence("repo='../model' is not the id of a repository"):
+        push("--space", "org/page", "--repo", "../model")
+
+
 def make_folder(folder: Path, sdk: str = "static") -> Path:
     (folder / "assets").mkdir(parents=True)
     (folder / "README.md").write_text(f"---\ntitle: Page\nsdk: {sdk}\n---\n# Page\n")
@@ -138,8 +143,11 @@ def test_a_folder_that_names_no_sdk_is_refused(hub, push, tmp_path, sdk):
 
 
 def test_a_folder_without_a_card_or_with_a_link_is_refused(push, tmp_path):
-    with one_sentence("is no Space", "README.md"):
-        push("--space", "org/page", "--folder", str(tmp_path))
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "README.md").write_text("---\nsdk: [static\n---\n")
+    for place in (tmp_path, tmp_path / "torn"):
+        with one_sentence("is no Space", "README.md"):
+            push("--space", "org/page", "--folder", str(place))
     folder = make_folder(tmp_path / "web")
     (folder / "private").symlink_to(tmp_path)
     with one_sentence("private is a link, and links are not pushed"):

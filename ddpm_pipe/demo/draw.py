@@ -20,7 +20,7 @@ from ddpm_pipe.pipeline import null_class
 from ddpm_pipe.pretrained import DDPMPipeline
 from ddpm_pipe.samplers import OWN_SCHEDULERS, Sampler, options_of
 from ddpm_pipe.sampling.config import ModelConfig
-from ddpm_pipe.sampling.protocol import label_cycle, load_model, plug_in
+from ddpm_pipe.sampling.protocol import find_pipeline, label_cycle, plug_in
 from ddpm_pipe.sharing.card import read_class_names
 
 RECOMMENDED, OWN = "recommended", "own"
@@ -66,7 +66,9 @@ class Model:
             ValueError: for a model that is not valid, or whose images are no pictures.
             OSError: where a repository or revision does not exist or may not be read.
         """
-        pipeline = load_model(config).to(processes().device)
+        folder = find_pipeline("model", config.model, config.revision)
+        pipeline = DDPMPipeline.from_pretrained(folder, torch_dtype=getattr(torch, config.dtype))
+        pipeline.to(processes().device)
         channels = pipeline.image_shape[0]
         if channels not in MODES:
             raise ValueError(f"model={config.model!r} draws {channels} channels; the page shows 1, 3 or 4.")
@@ -111,7 +113,9 @@ class Model:
         own = self.pipeline.own_scheduler
         check_choice("sampler", settings.sampler, self.samplers)
         if settings.sampler == RECOMMENDED and self.recommended is not None:
-            return self.recommended.make_scheduler(own), self.recommended.call_options()
+            options = self.recommended.call_options()
+            options.pop("guidance_scale", None)  # that of the settings counts
+            return self.recommended.make_scheduler(own), options
         name = None if settings.sampler == OWN else settings.sampler
         fewer = settings.steps < own.config.num_train_timesteps
         return plug_in(own, name, {}, fewer), {"num_inference_steps": settings.steps}

@@ -191,9 +191,10 @@ def read_class_names(model: str, revision: str | None = None) -> list[str]:
         if folder.is_dir() and Run(folder.resolve().parent).plan.exists():
             return Run(folder.resolve().parent).read_plan().get("class_names", [])
         card = folder / "README.md" if folder.is_dir() else hf_hub_download(model, "README.md", revision=revision)
-        return ModelCard.load(card).data.get("class_names") or []
-    except (ValueError, OSError):  # those of the Hub are OSErrors
+        names = ModelCard.load(card).data.get("class_names")
+    except (ValueError, OSError, yaml.YAMLError):  # errors of the Hub are OSErrors
         return []
+    return [str(name) for name in names] if isinstance(names, list) else []
 
 
 # ---------------------------------------------------------------- how good it is

@@ -9,7 +9,10 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from importlib.resources import files
 from pathlib import Path
 
+import yaml
 from huggingface_hub import RepoCard, SpaceCard, SpaceCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from ddpm_pipe.sharing.config import PushConfig
 from ddpm_pipe.sharing.upload import PACKAGE, refuse_links
@@ -44,13 +47,16 @@ def stage_space(config: PushConfig, folder: Path) -> None:
     """Write the files of the Space into an empty folder: a page for the model, or a copy of the folder of the config.
 
     Raises:
-        ValueError: where the folder of the config is no Space, or a file in it is a link.
+        ValueError: where the folder of the config is no Space, a file in it is a link, or the model has no valid id.
     """
     if config.folder:
         copy_space(Path(config.folder), folder)
         return
     try:
+        validate_repo_id(config.repo)
         sdk_version = version("gradio")
+    except HFValidationError as error:
+        raise ValueError(f"repo={config.repo!r} is not the id of a repository, such as org/name.") from error
     except PackageNotFoundError as error:
         raise ValueError("A Space gets the gradio of this machine; pip install 'ddpm_pipe[demo]'.") from error
     card = SpaceCardData(
@@ -99,8 +105,9 @@ def read_sdk(folder: Path) -> str:
     card = folder / "README.md"
     try:
         sdk = RepoCard.load(card).data.get("sdk")
-    except (ValueError, OSError) as error:
-        raise ValueError(f"folder={str(folder)!r} is no Space: {card} cannot be read ({error}).") from error
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"folder={str(folder)!r} is no Space: {card} cannot be read ({reason}).") from error
     if sdk not in SDKS:
         raise ValueError(f"{card} must say sdk: {', '.join(SDKS)} in its metadata; it says {sdk!r}.")
     return sdk
