@@ -346,6 +346,16 @@ def test_an_image_depends_on_its_own_seed_and_a_drawing_can_be_cancelled(page, m
 
 
 @pytest.mark.slow
+def test_where_webgpu_fails_wasm_draws(page, model, tmp_path):
+    """The page is told that there is a graphics processor; the runtime finds none."""
+    page.add_init_script("navigator.gpu.requestAdapter = async () => ({ features: new Set(['shader-f16']) })")
+    open_page(page, model)
+    assert page.input_value("#file") == "webgpu float16"
+    draw(page, tmp_path, count="1", steps="4")
+    assert page.input_value("#file") == "wasm float32" and "on WASM" in page.text_content("#status")
+
+
+@pytest.mark.slow
 def test_a_page_says_what_is_wrong(page, model, tmp_path):
     def refused(*parts: str) -> None:
         page.wait_for_selector("#error:visible")
