@@ -55,5 +55,5 @@ def serve(blocks: gr.Blocks, config: DemoConfig) -> None:
 def failure(config: DemoConfig, reason: str) -> gr.Blocks:
     """Return the page of a model that does not load."""
     with gr.Blocks(title=config.model, analytics_enabled=False) as blocks:
-        gr.Markdown(f"# {html.escape(config.model)}\n\nThis model does not load: {html.escape(reason, quote=False)}")
+        gr.HTML(f"<h1>{html.escape(config.model)}</h1><p>This model does not load: {html.escape(reason)}</p>")
     return blocks
