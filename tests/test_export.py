@@ -5,8 +5,10 @@ tests of the page are skipped and say so.
 """
 
 import functools
+import importlib
 import json
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +22,9 @@ from conftest import one_sentence
 from PIL import Image
 
 from ddpm_pipe import DDPMPipeline, DDPMScheduler, DDPMUNet2DModel
+
+pytest.importorskip("onnx", reason="the packages of the extra `export` are not installed")
+
 from ddpm_pipe.export import runtime
 from ddpm_pipe.export.config import ExportConfig
 from ddpm_pipe.export.export import describe, export, write_networks
@@ -161,6 +166,13 @@ def test_what_a_page_cannot_show_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with one_sentence("neither empty nor an earlier export"):
         export(ExportConfig(model="some/model", output_dir=tmp_path))
+
+
+def test_an_export_without_its_packages_says_which_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    monkeypatch.delitem(sys.modules, "ddpm_pipe.export.network")
+    with one_sentence("onnxscript", "pip install 'ddpm_pipe[export]'"):
+        importlib.import_module("ddpm_pipe.export.network")
 
 
 def test_a_runtime_that_is_not_the_pinned_one_is_refused(tmp_path, monkeypatch):

@@ -51,7 +51,7 @@ def export(config: ExportConfig) -> Path:
         raise ValueError(f"output_dir={config.output_dir!r} is neither empty nor an earlier export; name a new folder.")
     pipeline = pipeline_for(SampleConfig(model=config.model, revision=config.revision))
     facts = describe(config, pipeline)
-    package = runtime.fetch(config.runtime and Path(config.runtime))
+    package = runtime.fetch(None if config.runtime is None else Path(config.runtime))
     with tempfile.TemporaryDirectory() as staged:
         folder = Path(staged) / "export"
         folder.mkdir()

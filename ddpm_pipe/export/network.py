@@ -5,14 +5,19 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import onnx
-import onnxruntime
 import torch
 from diffusers import ModelMixin
-from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch import Tensor, nn
 
 from ddpm_pipe.pipeline import null_class
+
+try:
+    import onnx
+    import onnxruntime
+    import onnxscript  # noqa: F401, torch.onnx needs it
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+except ImportError as error:
+    raise ValueError(f"an export needs more packages ({error}): pip install 'ddpm_pipe[export]'.") from error
 
 LARGEST = 2**31
 """Bytes that an ONNX file can hold."""
