@@ -176,11 +176,15 @@ def place(parent, features, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("docs") / "place"
     write_images(folder / "path" / "to" / "images")
     shutil.copy(features, folder)
-    mine = "ddpm-pipe train --data path/to/images --output_dir runs/mine --class_conditional --ema_sigma_rel 0.05,0.1"
-    stock = f"ddpm-pipe train --data path/to/images --output_dir runs/stock --unet '{json.dumps(STOCK)}'"
-    recipe = " --beta_schedule cosine --prediction_type v_prediction --save_every 1\n"
-    training = Block("the runs", "bash", mine + recipe + stock + recipe, "")
-    run_page(parent, folder, [job_of(training), {"where": "the Hub", "python": MAKE}])
+    train = "ddpm-pipe train --data path/to/images --beta_schedule cosine --prediction_type v_prediction --save_every 1"
+    mine = f"{train} --output_dir runs/mine --class_conditional --ema_sigma_rel 0.05,0.1\n"
+    stock = f"<!-- test: --unet '{json.dumps(STOCK)}' -->"
+    runs = [
+        Block("the run", "bash", mine, ""),
+        Block("a stock run", "bash", f"{train} --output_dir runs/stock\n", stock),
+        Block("the Hub", "python", MAKE, ""),
+    ]
+    run_page(parent, folder, [job_of(block) for block in runs])
     return folder
 
 
