@@ -64,6 +64,11 @@ def to_levels(x: Tensor) -> Tensor:
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
+def timesteps(length: int, shares: list[float]) -> list[int]:
+    """Return the timesteps, 0 to length - 1, at shares of a chain of this length."""
+    return [min(round(share * length), length - 1) for share in shares]
+
+
 def short(name: str) -> str:
     """Break the name of a class so that it fits above a picture."""
     return name.replace("T-shirt/top", "T-shirt").replace(" ", "\n")
@@ -92,15 +97,15 @@ def forward(pipeline: DDPMPipeline, data: ImageData) -> Image.Image:
     positions = [int((data.labels[data.rows] == label).nonzero()[0]) for label in (9, 0, 8, 3)]
     x0 = to_unit_range(data.take(torch.tensor(positions))[0])
     eps = torch.randn(x0.shape, generator=generator(0, "sample"))
-    steps = [0, 50, 100, 200, 300, 400, 500, 650, 800, 999]
     scheduler = pipeline.own_scheduler
+    steps = timesteps(len(scheduler), [0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1])
     noisy = [to_levels(scheduler.add_noise(x0, eps, torch.full((len(x0),), t))) for t in steps]
     return table(list(torch.stack(noisy, 1)), [f"t = {t}" for t in steps], [])
 
 
 def denoising(pipeline: DDPMPipeline) -> Image.Image:
     """Draw x_t and the estimate of x_0 along the path of DDPM's Algorithm 2, for two images."""
-    shown = [999, 900, 800, 700, 600, 500, 400, 300, 150, 0]
+    shown = timesteps(len(pipeline.own_scheduler), [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.15, 0])
     path: dict[str, list[Tensor]] = {"sample": [], "pred_original_sample": []}
     before: list[Tensor] = []
 
