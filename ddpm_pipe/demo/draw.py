@@ -20,7 +20,7 @@ from ddpm_pipe.pipeline import null_class
 from ddpm_pipe.pretrained import DDPMPipeline
 from ddpm_pipe.samplers import OWN_SCHEDULERS, Sampler, options_of
 from ddpm_pipe.sampling.config import ModelConfig
-from ddpm_pipe.sampling.protocol import find_pipeline, label_cycle, plug_in
+from ddpm_pipe.sampling.protocol import label_cycle, load_model, plug_in
 from ddpm_pipe.sharing.card import read_class_names
 
 RECOMMENDED, OWN = "recommended", "own"
@@ -66,9 +66,7 @@ class Model:
             ValueError: for a model that is not valid, or whose images are no pictures.
             OSError: where a repository or revision does not exist or may not be read.
         """
-        folder = find_pipeline("model", config.model, config.revision)
-        pipeline = DDPMPipeline.from_pretrained(folder, torch_dtype=getattr(torch, config.dtype))
-        pipeline.to(processes().device)
+        pipeline = load_model(config).to(processes().device)
         channels = pipeline.image_shape[0]
         if channels not in MODES:
             raise ValueError(f"model={config.model!r} draws {channels} channels; the page shows 1, 3 or 4.")
