@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from ddpm_pipe.evaluation.neighbours import nearest
+from ddpm_pipe.data.neighbours import nearest
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
