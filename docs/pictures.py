@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from ddpm_pipe.data.neighbours import nearest
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from ddpm_pipe import DDIMScheduler, DDPMPipeline
 from ddpm_pipe.data.images import to_unit_range
 from ddpm_pipe.data.memory import ImageData, load_images
+from ddpm_pipe.data.neighbours import nearest
 from ddpm_pipe.randomness import generator
 from ddpm_pipe.run.folder import Run
 from ddpm_pipe.sampling.protocol import plug_in, sample_images
