@@ -183,8 +183,8 @@ def test_a_pushed_space_draws_with_the_model_of_the_hub(hub, push, tmp_path):
     for name, content in hub.files(SPACE).items():
         (tmp_path / "space" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "space" / name).write_bytes(content)
-    app = tmp_path / "space" / "ddpm_pipe" / "demo" / "app.py"
-    app.write_text(app.read_text().replace("A pixel-space diffusion model", "The copy in the Space"))
+    page = tmp_path / "space" / "ddpm_pipe" / "demo" / "page.py"
+    page.write_text(page.read_text().replace("A pixel-space diffusion model", "The copy in the Space"))
     with running(hub, tmp_path / "space") as address:
         client = Client(address, verbose=False, download_files=tmp_path)
         assert "The copy in the Space: 8×8 pixels, colour, 3 classes" in str(client.config)
