@@ -362,7 +362,7 @@ def test_where_webgpu_fails_wasm_draws(page, model, tmp_path):
     """The page is told that there is a graphics processor; the runtime finds none."""
     page.add_init_script("navigator.gpu.requestAdapter = async () => ({ features: new Set(['shader-f16']) })")
     open_page(page, model)
-    page.evaluate("document.getElementById('file').value = 'webgpu float16'")
+    assert page.input_value("#file") == "webgpu float16"
     draw(page, tmp_path, count="1", steps="4")
     assert page.input_value("#file") == "wasm float32" and "on WASM" in page.text_content("#status")
 
@@ -392,6 +392,13 @@ def test_a_page_says_what_is_wrong(page, model, tmp_path):
         page.unroute("**/float32.onnx")
 
     draw(page, tmp_path, count="1", steps="4")  # and then it works
+
+    def other_answer(description):
+        description["check"]["answer"][0] += 1.0
+
+    open_page(page, model, other_answer)
+    page.click("#draw")
+    refused("float32.onnx on wasm answers other numbers than torch does")
     page.unroute("**/export.json")
     page.route("**/export.json", lambda route: route.fulfill(status=404))
     page.goto(model.address)

@@ -35,6 +35,9 @@ TOLERANCES = {"float32": 1e-4, "float16": 5e-2}
 BATCHES = (1, 2, 5)
 """Numbers of images with which a network is compared with torch."""
 
+CHECKED = 256
+"""Most numbers of torch's answer that a page compares with that of the browser before it draws."""
+
 
 def export(config: ExportConfig) -> Path:
     """Write a model as a folder for browsers and print what is in it.
@@ -56,6 +59,7 @@ def export(config: ExportConfig) -> Path:
         folder = Path(staged) / "export"
         folder.mkdir()
         facts["networks"] = write_networks(pipeline, folder)
+        facts["check"] = answer_of_torch(pipeline)
         (folder / DESCRIPTION).write_text(json.dumps(facts, separators=(",", ":")) + "\n")
         (folder / "index.html").write_bytes((files("ddpm_pipe.export") / "page.html").read_bytes())
         (folder / "README.md").write_text(readme(facts))
@@ -124,6 +128,28 @@ def write_networks(pipeline: DDPMPipeline, folder: Path) -> dict[str, dict[str, 
         print(told)
         networks[precision] = {"file": file.name, "bytes": file.stat().st_size, "parity": parity}
     return networks
+
+
+@torch.no_grad()
+def answer_of_torch(pipeline: DDPMPipeline) -> dict[str, Any]:
+    """Return what torch answers to the image sin(0), sin(1), ... of class 0, for a page to compare with.
+
+    Returns:
+        The `timestep`, every so many-th (`every`) number of the `answer`, and the relative error that is tolerated.
+    """
+    denoiser, steps = Denoiser(pipeline.unet).eval(), pipeline.scheduler.config.num_train_timesteps
+    inputs = example_inputs(pipeline.unet, pipeline.image_shape, steps, 1)
+    constant = {"timestep": float(steps // 2), "class_labels": 0, "self_cond": 0.0}
+    inputs = {name: torch.full_like(value, constant.get(name, 0)) for name, value in inputs.items()}
+    count = inputs["sample"].numel()
+    inputs["sample"] = torch.arange(count).double().sin().float().view_as(inputs["sample"])
+    answer, every = denoiser(**inputs).flatten(), -(-count // CHECKED)
+    return {
+        "timestep": steps // 2,
+        "every": every,
+        "answer": answer[::every].tolist(),
+        "tolerance": TOLERANCES["float16"],
+    }
 
 
 def told_parity(parity: dict[str, Any]) -> str:
