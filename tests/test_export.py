@@ -32,6 +32,7 @@ from ddpm_pipe.export.offers import offers
 from ddpm_pipe.export.steps import linear_steps
 from ddpm_pipe.samplers import Sampler, Samplers
 from ddpm_pipe.sampling.protocol import plug_in
+from ddpm_pipe.sharing.space import read_sdk
 
 pytestmark = pytest.mark.xdist_group("export")  # one worker exports the model that several tests draw with
 
@@ -341,6 +342,7 @@ def test_a_wrong_coefficient_draws_another_image(page, model, tmp_path):
 @pytest.mark.slow
 def test_an_image_depends_on_its_own_seed_and_a_drawing_can_be_cancelled(page, model, tmp_path):
     open_page(page, model)
+    assert read_sdk(model.folder) == "static"  # so `ddpm-pipe push --space` takes the folder
     assert page.title() == "Clothes" and "8x12" in page.text_content("#about")
     chosen = {"class": "shirt", "sampler": "DDIM", "steps": "10"}
     first = draw(page, tmp_path, seed="7", count="5", **chosen)
