@@ -87,8 +87,14 @@ def set_timesteps(scheduler: SchedulerMixin, count: int | None, timesteps: Seque
 
 
 def _check_path(scheduler: SchedulerMixin) -> None:
-    """Raise ValueError where the set timesteps do not decrease, or the first has another noise level than its own."""
+    """Raise ValueError where the set timesteps do not decrease, or the first has another noise level than its own.
+
+    On some CPUs KDPM2AncestralDiscreteScheduler of diffusers rounds a variance to less than 0, where the last timestep
+    is nearly pure noise.
+    """
     name, timesteps = f"scheduler={type(scheduler).__name__}", scheduler.timesteps
+    if not timesteps.isfinite().all():
+        raise ValueError(f"{name} has timesteps that are not finite for this model's noise levels; choose another one.")
     if len(timesteps) > 1 and not timesteps[0] > timesteps[-1]:
         spacing = scheduler.config.get("timestep_spacing")
         raise ValueError(

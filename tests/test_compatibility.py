@@ -12,6 +12,7 @@ from test_pipeline import ALPHA_BAR, MEAN, STD, GaussianDenoiser, final_sample, 
 from torch.testing import assert_close
 
 from ddpm_pipe import DDIMScheduler, DDPMPipeline, DDPMScheduler
+from ddpm_pipe.compatibility import set_timesteps
 
 # name -> by how much the standard deviation may differ after 100 steps besides 4 standard errors of its estimate: what
 # the discretisation of a first-order method costs (measured: DDPM 7 %, DDIM 3 %), and 2 % for the others
@@ -210,6 +211,14 @@ def test_all_leading_timesteps_of_schedulers_that_have_none_are_refused(name):
     """They take T // (count + 1) for the distance, which is 0 for all T timesteps."""
     with refused(f"scheduler={name} has no 1000 timesteps that fall with timestep_spacing='leading'; take 'trailing'"):
         sample(plugged(getattr(diffusers, name), spacing="leading"), steps=None)
+
+
+def test_timesteps_that_are_not_finite_are_refused():
+    """As those of KDPM2AncestralDiscreteScheduler are on some CPUs, where the chain ends in nearly pure noise."""
+    scheduler = diffusers.KDPM2AncestralDiscreteScheduler()
+    scheduler.set_timesteps = lambda *_, **__: setattr(scheduler, "timesteps", torch.tensor([999.0, torch.nan, 500.0]))
+    with refused("scheduler=KDPM2AncestralDiscreteScheduler has timesteps that are not finite"):
+        set_timesteps(scheduler, 2, None)
 
 
 @pytest.mark.parametrize("name", ["EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "PNDMScheduler"])

@@ -168,7 +168,7 @@ WITHOUT_SAMPLE = ("pndm", "euler_a", "kdpm2", "kdpm2_a")
     [*((name, "epsilon") for name in ALIASES), *((name, "sample") for name in ALIASES if name not in WITHOUT_SAMPLE)],
 )
 def test_no_sampler_reads_an_output_after_the_next_call(name, prediction_type):
-    own = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type, clip_sample=False)
+    own = DDPMScheduler(prediction_type=prediction_type, clip_sample=False)
     pipeline = DDPMPipeline(make_network(), own)
     pipeline.scheduler = plug_in(own, name, {}, fewer=True)
     pipeline.set_progress_bar_config(disable=True)

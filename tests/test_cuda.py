@@ -126,7 +126,7 @@ def test_a_training_step_waits_once(recipe, few_images, monkeypatch, recwarn):
 
 @pytest.mark.parametrize("name", sorted(set(ALIASES) - set(WAITS_IN_DIFFUSERS)))
 def test_a_sampling_step_waits_for_nothing(name):
-    own = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    own = DDPMScheduler(prediction_type="v_prediction")
     pipeline = DDPMPipeline(network().to("cuda"), plug_in(own, name, {}, fewer=True))
     pipeline.set_progress_bar_config(disable=True)
     calls = []

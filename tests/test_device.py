@@ -311,7 +311,7 @@ NOISE_OF_DIFFUSERS = ("dpm++sde", "euler_a", "kdpm2_a")
 @pytest.mark.parametrize("at", ["cuda", "cpu"])
 @pytest.mark.parametrize("name", ALIASES)
 def test_a_sampling_step_waits_for_nothing(device, name, at):
-    made = pipeline(scheduler(prediction_type="v_prediction"))
+    made = pipeline(DDPMScheduler(prediction_type="v_prediction"))
     made.scheduler = plug_in(made.scheduler, name, {}, fewer=True)
     noted = waits_between_calls(device, made, 2, [torch.Generator(at), torch.Generator(at)], guidance_scale=2.0)
     if name == "unipc":  # diffusers makes its coefficients on the device in each step
