@@ -5,20 +5,19 @@ A recipe that wins by one of them alone may have been tuned to it. They are trai
 """
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from timing import DEVICE
 from torch import Tensor, nn
 
 from ddpm_pipe.data.memory import ImageData, load_images
 
-ROOT = Path(__file__).resolve().parent.parent
-BUNDLED = str(ROOT / "examples" / "fashion_mnist")
-FEATURES = 128
-BATCH_SIZE = 100
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from feature_network import BUNDLED, accuracy, fit, shuffled, steps_of
+
 SHIFT = 2
 """Pixels by which a training image of colour is shifted at most."""
 
@@ -99,45 +98,23 @@ JUDGES = {"resnet": resnet, "mixer": mixer}
 
 
 def batches(images: ImageData, epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images, uint8 (BATCH_SIZE, C, H, W), and labels in a shuffled order; coloured ones are mirrored and shifted."""
+    """Images, uint8 (B, C, H, W), and labels in a shuffled order; coloured images are mirrored and shifted."""
     draw = torch.Generator().manual_seed(0)
-    for _ in range(epochs):
-        order = torch.randperm(len(images), generator=draw)
-        for positions in order[: len(order) // BATCH_SIZE * BATCH_SIZE].split(BATCH_SIZE):
-            pixels, labels = images.take(positions)
-            if images.shape[0] == 3:
-                mirror = torch.rand(BATCH_SIZE, 1, 1, 1, generator=draw) < 0.5
-                dy, dx = torch.randint(-SHIFT, SHIFT + 1, (2,), generator=draw).tolist()
-                pixels = torch.where(mirror, pixels.flip(-1), pixels).roll((dy, dx), (2, 3))
-            yield pixels.to(DEVICE), labels.to(DEVICE)
+    for positions in shuffled(len(images), epochs, draw):
+        pixels, labels = images.take(positions)
+        if images.shape[0] == 3:
+            mirror = torch.rand(len(pixels), 1, 1, 1, generator=draw) < 0.5
+            dy, dx = torch.randint(-SHIFT, SHIFT + 1, (2,), generator=draw).tolist()
+            pixels = torch.where(mirror, pixels.flip(-1), pixels).roll((dy, dx), (2, 3))
+        yield pixels, labels
 
 
-def train_judge(name: str, data: str, epochs: int) -> Judge:
+def train_judge(name: str, data: str, epochs: int) -> nn.Module:
     """Train a judge on the training split."""
     images = load_images(data, with_labels=True)
     torch.manual_seed(0)
     network = JUDGES[name](images.shape[0], len(images.class_names)).to(DEVICE, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, len(images) // BATCH_SIZE * epochs)
-    for pixels, labels in batches(images, epochs):
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
-            loss = F.cross_entropy(network(pixels)[1].float(), labels, label_smoothing=0.05)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return network.eval()
-
-
-@torch.no_grad()
-def accuracy(network: Judge, data: str) -> float:
-    """The share of the test images whose class has the highest logit."""
-    images = load_images(data, "test", with_labels=True)
-    hits = []
-    for positions in torch.arange(len(images)).split(BATCH_SIZE):
-        pixels, labels = images.take(positions)
-        hits.append(network(pixels.to(DEVICE))[1].argmax(1).cpu() == labels)
-    return torch.cat(hits).double().mean().item()
+    return fit(network, batches(images, epochs), steps_of(images, epochs))
 
 
 if __name__ == "__main__":

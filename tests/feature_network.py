@@ -6,7 +6,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +17,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ddpm_pipe.data.memory import load_images
+from ddpm_pipe.data.memory import ImageData, load_images
 from ddpm_pipe.evaluation.metrics import import_torchmetrics
 
 import_torchmetrics("fid")  # before torchvision has its stand-in
@@ -44,41 +44,51 @@ class Classifier(nn.Module):
         return features, self.head(features)
 
 
-def train_classifier(
-    data: str = BUNDLED, split: str = "train", epochs: int = 6, make: Callable[[int], nn.Module] = Classifier
-) -> nn.Module:
-    """Train on labelled images, grey or RGB; the same weights every time on one machine with one thread.
-
-    `make` takes the number of classes and returns a network that answers as `Classifier` does.
-    """
+def train_classifier(data: str = BUNDLED, split: str = "train", epochs: int = 6) -> nn.Module:
+    """Train on labelled images, grey or RGB; the same weights every time on one machine with one thread."""
     images = load_images(data, split, with_labels=True)
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = make(len(images.class_names)).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.02)
-    steps = len(images) // BATCH_SIZE * epochs
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
+        network = Classifier(len(images.class_names)).to(memory_format=torch.channels_last)
+    return fit(network, map(images.take, shuffled(len(images), epochs, generator)), steps_of(images, epochs))
+
+
+def shuffled(count: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Positions of the images of each batch, in another order in each epoch; those left over are left out."""
     for _ in range(epochs):
-        order = torch.randperm(len(images), generator=generator)
-        for positions in order[: len(order) // BATCH_SIZE * BATCH_SIZE].split(BATCH_SIZE):
-            pixels, labels = images.take(positions)
-            loss = cross_entropy(network(pixels.expand(-1, 3, -1, -1))[1], labels, label_smoothing=0.05)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+        order = torch.randperm(count, generator=generator)
+        yield from order[: count // BATCH_SIZE * BATCH_SIZE].split(BATCH_SIZE)
+
+
+def steps_of(images: ImageData, epochs: int) -> int:
+    return len(images) // BATCH_SIZE * epochs
+
+
+def fit(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], steps: int) -> nn.Module:
+    """Train a classifier, on its device, with uint8 images (B, 1 or 3, H, W) and labels (B,); on a GPU in bf16."""
+    device = next(network.parameters()).device
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
+    for pixels, labels in batches:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = network(pixels.expand(-1, 3, -1, -1).to(device))[1]
+        loss = cross_entropy(logits.float(), labels.to(device), label_smoothing=0.05)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
     return network.eval()
 
 
 @torch.no_grad()
 def accuracy(network: nn.Module, data: str = BUNDLED, split: str = "test") -> float:
     """The share of labelled images whose class has the highest logit."""
-    images = load_images(data, split, with_labels=True)
+    images, device = load_images(data, split, with_labels=True), next(network.parameters()).device
     hits = []
     for positions in torch.arange(len(images)).split(BATCH_SIZE):
         pixels, labels = images.take(positions)
-        hits.append(network(pixels.expand(-1, 3, -1, -1))[1].argmax(1) == labels)
+        hits.append(network(pixels.expand(-1, 3, -1, -1).to(device))[1].argmax(1).cpu() == labels)
     return torch.cat(hits).double().mean().item()
 
 
