@@ -19,7 +19,7 @@ class ExportConfig(Config):
     title: str | None = None
     """heading of the page; the name of the run or of the repository if not given"""
     class_names: Listed[str] = []
-    """names of the classes, in order; those of the run if not given"""
+    """names of the classes, in order; those of the run or the model card if not given"""
     runtime: Place | None = None
     """the npm package of onnxruntime-web as a .tgz file; it is fetched from the npm registry if not given"""
 

@@ -23,6 +23,7 @@ from ddpm_pipe.run.files import replace_folder
 from ddpm_pipe.run.folder import Run
 from ddpm_pipe.sampling.config import SampleConfig
 from ddpm_pipe.sampling.protocol import pipeline_for
+from ddpm_pipe.sharing.card import read_class_names
 from ddpm_pipe.sharing.privacy import shared_name
 from ddpm_pipe.weights import weights_sha256
 
@@ -79,7 +80,7 @@ def describe(config: ExportConfig, pipeline: DDPMPipeline) -> dict[str, Any]:
     if shape[0] not in (1, 3, 4):
         raise ValueError(f"a page shows images of 1, 3 or 4 channels, and those of this model have {shape[0]}.")
     run = Run(Path(config.model).resolve().parent)
-    names = config.class_names or (run.read_plan()["class_names"] if run.plan.exists() else [])
+    names = config.class_names or read_class_names(config.model, config.revision)
     if names and len(names) != classes:
         raise ValueError(f"class_names has {len(names)} entries for a model with {classes or 0} classes.")
     name = shared_name(str(run) if run.plan.exists() else config.model)
