@@ -315,10 +315,6 @@ def test_without_gradio_the_command_says_how_to_install_it(monkeypatch, capsys):
 
 # ---------------------------------------------------------------- in a browser
 
-CHROMIUM = shutil.which("chromium")
-FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-FLAGS += " --disable-component-update --disable-sync"
-
 
 def in_a_browser(test):
     """Mark a test as one of those that share a server and a browser."""
@@ -341,17 +337,6 @@ def served(model: str, function: str = "demo") -> str:
         except OSError:
             assert time.monotonic() < deadline, "the page does not answer"
             time.sleep(0.05)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium, the browser of Debian's package of that name")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

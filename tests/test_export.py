@@ -7,7 +7,6 @@ tests of the page are skipped and say so.
 import functools
 import importlib
 import json
-import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -196,10 +195,6 @@ def test_a_runtime_that_is_not_the_pinned_one_is_refused(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- the page in a browser
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-FLAGS += ["--disable-background-networking", "--disable-component-update"]
-
 
 class Model:
     """A model that was exported, the address of its page, and the same model in Python."""
@@ -233,15 +228,6 @@ def model(tmp_path_factory):
     pipeline.set_progress_bar_config(disable=True)
     yield Model(out, f"http://127.0.0.1:{server.server_port}/", pipeline)
     server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed, so the page is not tested.")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed.")
-    with sync_api.sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
 
 
 @pytest.fixture
