@@ -39,7 +39,8 @@ def repo() -> Path:
 
 @pytest.fixture
 def fresh_accelerate():
-    """Accelerate keeps the precision of a process; each test starts as a new process would."""
+    """Accelerate keeps the device and the precision of a process; each test starts as a new process would."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # what a test without this fixture left
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
