@@ -5,13 +5,13 @@ from typing import Annotated
 from pydantic import Field
 
 from ddpm_pipe.config import Config, Float, NonNegativeInt, PositiveInt
-from ddpm_pipe.sampling.config import ModelConfig
+from ddpm_pipe.sampling.config import LoadConfig
 
 MAX_SEED = 2**53 - 1
 """Largest seed of the page: the largest whole number that a browser keeps exactly."""
 
 
-class DemoConfig(ModelConfig):
+class DemoConfig(LoadConfig):
     """Page"""
 
     host: str | None = None

@@ -19,7 +19,7 @@ from ddpm_pipe.launch import processes
 from ddpm_pipe.pipeline import null_class
 from ddpm_pipe.pretrained import DDPMPipeline
 from ddpm_pipe.samplers import OWN_SCHEDULERS, Sampler, options_of
-from ddpm_pipe.sampling.config import ModelConfig
+from ddpm_pipe.sampling.config import LoadConfig
 from ddpm_pipe.sampling.protocol import label_cycle, load_model, plug_in
 from ddpm_pipe.sharing.card import read_class_names
 
@@ -54,12 +54,12 @@ class Model:
         class_names: names of the classes by label; [] for a model without classes.
     """
 
-    config: ModelConfig
+    config: LoadConfig
     pipeline: DDPMPipeline
     class_names: list[str]
 
     @classmethod
-    def load(cls, config: ModelConfig) -> Self:
+    def load(cls, config: LoadConfig) -> Self:
         """Load the model onto the accelerator, where there is one.
 
         Raises:

@@ -36,7 +36,7 @@ MAX_SEEDS = 10_000_000
 """Largest number of seeds that a config may name; the list of more seeds would itself fill the memory."""
 
 
-class ModelConfig(Config):
+class LoadConfig(Config):
     """Model"""
 
     model: Place
@@ -47,7 +47,7 @@ class ModelConfig(Config):
     """precision of the network"""
 
 
-class SampleConfig(ModelConfig):
+class SampleConfig(LoadConfig):
     """Sampler"""
 
     compile: CompileMode = "none"

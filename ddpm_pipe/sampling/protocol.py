@@ -18,7 +18,7 @@ from ddpm_pipe.compatibility import check_scheduler
 from ddpm_pipe.pipeline import null_class
 from ddpm_pipe.pretrained import DDPMPipeline
 from ddpm_pipe.samplers import OWN_SCHEDULERS, Sampler, accepted_keys, make_scheduler
-from ddpm_pipe.sampling.config import SCHEDULERS, ModelConfig, SampleConfig
+from ddpm_pipe.sampling.config import SCHEDULERS, LoadConfig, SampleConfig
 from ddpm_pipe.sharing.privacy import shared_name
 from ddpm_pipe.weights import weights_sha256
 
@@ -90,7 +90,7 @@ def label_cycle(unet: ModelMixin, class_labels: str | None) -> list[int] | None:
 # ---------------------------------------------------------------- the model and its protocol
 
 
-def load_model(config: ModelConfig, key: str = "model") -> DDPMPipeline:
+def load_model(config: LoadConfig, key: str = "model") -> DDPMPipeline:
     """Load the model of the config onto the CPU.
 
     Args:
@@ -133,7 +133,7 @@ def pipeline_for(config: SampleConfig) -> DDPMPipeline:
     if config.steps is not None and not 1 <= config.steps <= steps:
         raise ValueError(f"steps={config.steps} must lie between 1 and the {steps} that the model was trained with.")
     if config.guide is not None:
-        guide = load_model(ModelConfig(model=config.guide, dtype=config.dtype), "guide")
+        guide = load_model(LoadConfig(model=config.guide, dtype=config.dtype), "guide")
         try:
             check_scheduler(guide.scheduler, pipeline.scheduler)
         except ValueError as error:
