@@ -538,3 +538,33 @@ def test_the_processes_of_a_machine_share_a_memory_mapped_file(tmp_path, cache, 
     few = folder(tmp_path / "few", image(), image(seed=1))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert load_images(few).memory_mapped and decoded(cache) == 1
+
+
+# ---------------------------------------------------------------- examples/tiles.py
+
+
+@pytest.fixture
+def sort_tiles(repo):
+    script = [sys.executable, repo / "examples" / "tiles.py"]
+    return lambda clone, folder: subprocess.run([*script, clone, folder], capture_output=True, text=True)
+
+
+def test_tiles_of_a_game_are_sorted_into_the_folders_of_classes(sort_tiles, tmp_path):
+    release = tmp_path / "clone" / "releases" / "Nov-2015"
+    places = ("dngn/altars", "dngn/floor", "dngn/gateways", "dngn/wall", "gui/spells", "mon", "mon/undead", "item/book")
+    for place in (*places, "item/armour", "item/potion", "item/weapon"):
+        (release / place).mkdir(parents=True)
+        for name in ("a.png", "i-symbol.png", "notes.txt"):
+            Image.new("P", (32, 32), 7).save(release / place / name, "png")
+    assert sort_tiles(tmp_path / "clone", tmp_path / "tiles").returncode == 0
+    found = {str(file.relative_to(tmp_path / "tiles")) for file in (tmp_path / "tiles").rglob("*.*")}
+    names = {"altar", "armour", "book", "floor", "gateway", "monster", "potion", "spell", "wall", "weapon"}
+    assert found == {f"{name}/a.png" for name in names} | {"monster/undead_a.png"}
+    data = load_images(str(tmp_path / "tiles"), with_labels=True, channels=3)
+    assert set(data.class_names) == names and data.shape == (3, 32, 32) and len(data) == 11
+
+
+def test_another_repository_than_that_of_the_tiles_is_refused(sort_tiles, tmp_path):
+    done = sort_tiles(tmp_path, tmp_path / "tiles")
+    assert done.returncode == 1
+    assert done.stderr == f"clone={str(tmp_path)!r} has no folder releases/Nov-2015/dngn/altars.\n"

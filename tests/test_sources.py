@@ -79,6 +79,20 @@ def test_listed_images_are_those_of_imagefolder_in_its_order_with_its_labels(tmp
         assert rows(listed[split]) == rows(dataset)
 
 
+def test_the_name_of_one_file_does_not_leave_out_all_others(tmp_path):
+    folder = make_folder(tmp_path / "images", "cat/1.png", "dog/training_ground.png", "dog/test_dummy.png", "dog/2.png")
+    assert [len(split) for split in datasets.load_dataset(str(folder)).values()] == [1, 1]
+    (split,) = list_images(folder).items()
+    assert split[0] == "train" and split[1]["label"] == [0, 1, 1, 1]
+
+
+def test_images_beside_the_folders_of_splits_are_left_out_with_a_warning(tmp_path):
+    folder = make_folder(tmp_path / "images", "car/1.png", "plane/2.png", "train/3.png", "x.png")
+    with pytest.warns(UserWarning, match="^images in car, plane are left out, because other folders name splits$"):
+        listed = list_images(folder)
+    assert [len(split) for split in listed.values()] == [1]
+
+
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_a_zip_file_is_read_as_the_folder_it_was_made_of(tmp_path, kind):
     folder = make_folder(tmp_path / "images", *FOLDERS[kind])
@@ -115,7 +129,7 @@ def test_metadata_in_a_zip_file_is_read(tmp_path):
         ["a.png", "sub/b.parquet"],
         ["a.png", "more.zip"],
         ["train/test/1.png", "train/dog/1.png"],
-        ["val_test_1.png", "b.png"],
+        ["val_test_1.png", "test_2.png"],
         ["data/train-00000-of-00001.png", "data/x.png"],
         ["notes.txt"],
     ],

@@ -3,6 +3,7 @@
 import glob
 import os
 import re
+import warnings
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -210,10 +211,10 @@ _DESCRIPTIONS = ("dataset_infos.json", ".huggingface.yaml")
 def list_images(place: Path) -> dict[str, datasets.Dataset]:
     """List the images in a folder or a zip file.
 
-    Splits, classes and order are those of the imagefolder loader of `datasets`. That loader takes 1 ms of CPU time per
-    file at every start, and finds no classes in a zip file. It remains responsible for the places that it reads by
-    other rules: those with other data, metadata or a dataset description beside the images, and those where a name
-    contains the words of two splits.
+    Splits, classes and order are those of the imagefolder loader of `datasets`, but a split by file names needs a word
+    in each of them. That loader takes 1 ms of CPU time per file at every start, and finds no classes in a zip file. It
+    remains responsible for the places that it reads by other rules: those with other data, metadata or a dataset
+    description beside the images, and those where a name contains the words of two splits.
 
     Returns:
         For each split a dataset with the column "image", and "label" where each subfolder is a class. The dict is empty
@@ -271,7 +272,11 @@ def _is_described(place: Path) -> bool:
 
 
 def _by_split(images: list[str]) -> dict[str, list[str]]:
-    """Group images by split: by folder names if any of them names a split, else by file names, else all as train.
+    """Group images by split: by folder names if any of them names a split, by file names if each does, else as train.
+
+    The imagefolder loader splits by file names as soon as one of them names a split, so that a single picture called
+    training_ground.png would leave out all others. Where folders name splits, images in other folders are left out
+    with a warning, since a class may be called train.
 
     Each split is sorted by the word that names it, in the order of _SPLITS. For each word, names that are the plain
     word come first, then those that begin with it, then those that end with it. The result is empty where a name
@@ -279,18 +284,27 @@ def _by_split(images: list[str]) -> dict[str, list[str]]:
     """
     if any(re.match(r"data/[^/]*-\d{5}-of-\d{5}[^/]*\.", image) for image in images):
         return {}
-    for names in (lambda path: path.split("/")[:-1], lambda path: path.split("/")[-1:]):
-        found = defaultdict(list)
-        for image in images:
-            words = [(name, word) for name in names(image) for word in _SPLIT_WORD.findall(name)]
-            if len(words) > 1:
-                return {}
-            for name, word in words:
-                split, rank = _WORDS[word]
-                found[split].append((rank, not name.startswith(word), not name.endswith(word), image))
-        if found:
-            return {split: [image for *_, image in sorted(found[split])] for split in _SPLITS if split in found}
-    return {"train": images} if images else {}
+    folders = {image: _split_words(image.split("/")[:-1]) for image in images}
+    files = {image: _split_words(image.split("/")[-1:]) for image in images}
+    if not any(folders.values()) and not all(files.values()):
+        return {"train": images}
+    named = folders if any(folders.values()) else files
+    if any(len(words) > 1 for words in named.values()):
+        return {}
+    found = defaultdict(list)
+    for image, words in named.items():
+        for name, word in words:
+            split, rank = _WORDS[word]
+            found[split].append((rank, not name.startswith(word), not name.endswith(word), image))
+    others = sorted({image.split("/")[0] for image, words in named.items() if not words and "/" in image})
+    if others:
+        warnings.warn(f"images in {', '.join(others)} are left out, because other folders name splits", stacklevel=2)
+    return {split: [image for *_, image in sorted(found[split])] for split in _SPLITS if split in found}
+
+
+def _split_words(names: list[str]) -> list[tuple[str, str]]:
+    """Return the words in some names that name a split, each with the name that holds it."""
+    return [(name, word) for name in names for word in _SPLIT_WORD.findall(name)]
 
 
 def _classes(splits: dict[str, list[str]]) -> list[str]:
