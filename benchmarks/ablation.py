@@ -29,8 +29,9 @@ from ddpm_pipe.config import parse
 from ddpm_pipe.data.memory import ImageData, load_images
 from ddpm_pipe.evaluation.features import FeatureNetwork, extract, load_features
 from ddpm_pipe.evaluation.metrics import frechet_distance, precision_recall
-from ddpm_pipe.sampling.config import SampleConfig
-from ddpm_pipe.sampling.protocol import pipeline_for, sample_images
+from ddpm_pipe.pretrained import DDPMPipeline
+from ddpm_pipe.sampling.config import LoadConfig, SampleConfig
+from ddpm_pipe.sampling.protocol import load_model, pipeline_for, sample_images
 from ddpm_pipe.training.config import TrainConfig
 from ddpm_pipe.training.log import named_means
 from ddpm_pipe.training.loop import train
@@ -91,12 +92,14 @@ class Bench:
     def _features(judge: FeatureNetwork, data: ImageData) -> torch.Tensor:
         return extract(judge, lambda places: data.take(torch.tensor(places))[0], len(data))[0]
 
-    def judge(self, config: TrainConfig, pipeline_folder: Path) -> dict[str, float]:
-        """Distances, precision and recall by each judge, and losses, of a trained pipeline."""
-        sampling = SampleConfig(model=str(pipeline_folder), **SAMPLER)
-        pipeline = pipeline_for(sampling)
-        batches = sample_images(pipeline, list(range(self.images)), sampling.batch_size, **sampling.call_options())
-        drawn = ImageData(torch.cat([images for _, images, _ in batches]), torch.arange(self.images))
+    def draw(self, pipeline: DDPMPipeline, sampling: SampleConfig) -> ImageData:
+        """Draw the images that are compared."""
+        seeds = list(range(self.images))
+        batches = sample_images(pipeline, seeds, sampling.batch_size, **sampling.call_options())
+        return ImageData(torch.cat([images for _, images, _ in batches]), torch.arange(self.images))
+
+    def compare(self, drawn: ImageData) -> dict[str, float]:
+        """Distance, precision and recall of images by each judge."""
         found = {}
         for name, judge in self.judges.items():
             features, real = self._features(judge, drawn), self.features[name]
@@ -104,10 +107,14 @@ class Bench:
             manifolds = dict(zip(("precision", "recall"), precision_recall(features, some), strict=True))
             measured = {"FD": frechet_distance(features, real)} | manifolds
             found |= {f"{kind} {name}": value for kind, value in measured.items()}
+        return found
+
+    def held_out(self, config: TrainConfig, model: str) -> dict[str, float]:
+        """Losses of a trained pipeline on the test images."""
         plain = config.replace(loss="l2", loss_weight="none", seed=0)
         objective = make_objective(plain, make_scheduler(plain))
-        sums = held_out_sums(plain, pipeline.unet, objective, self.test, torch.device("cpu"))
-        return found | named_means("held_out_loss", sums)
+        unet = load_model(LoadConfig(model=model)).unet
+        return named_means("held_out_loss", held_out_sums(plain, unet, objective, self.test, torch.device("cpu")))
 
 
 # ---------------------------------------------------------------- the table
@@ -115,6 +122,11 @@ class Bench:
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def append(file: Path, line: dict[str, Any]) -> None:
+    with file.open("a") as lines:
+        lines.write(json.dumps(line) + "\n")
 
 
 def interval(values: list[float]) -> str:
@@ -170,13 +182,10 @@ def main() -> None:
             start = time.process_time()
             pipeline = train(config)
             used = {"steps": steps, "ms": 1000 * seconds[arm], "seconds": time.process_time() - start}
-            line = (
-                {"arm": arm, "seed": seed, "budget": options.steps, "images": options.images}
-                | used
-                | bench.judge(config, pipeline)
-            )
-        with options.results.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            sampling = SampleConfig(model=str(pipeline), **SAMPLER)
+            judged = bench.compare(bench.draw(pipeline_for(sampling), sampling)) | bench.held_out(config, str(pipeline))
+        line = {"arm": arm, "seed": seed, "budget": options.steps, "images": options.images} | used | judged
+        append(options.results, line)
     show(read_lines(options.results), list(changes), options.steps)
 
 
