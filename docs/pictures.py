@@ -1,7 +1,8 @@
 """Draw the pictures of the documentation: `python docs/pictures.py runs/fashion_mnist`, the run of the first command.
 
 They go to docs/pictures/. Each is drawn on the CPU from fixed seeds, so the same model gives the same pictures; all of
-them take a few minutes of one core.
+them take a few minutes of one core. `--tiles` and `--cifar10` name the runs of docs/training.md and docs/experiments.md
+with coloured pictures, whose samples are drawn as well.
 """
 
 import argparse
@@ -27,6 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SCALE, GAP, TEXT = 3, 4, 15
 """Each pixel is a square of SCALE pixels; pixels between pictures; pixels of the height of a letter."""
 SEEDS = list(range(10))
+COLOURED = ("tiles", "cifar10")
+"""Pictures of runs with classes other than the first command's."""
 
 
 # ---------------------------------------------------------------- tables of pictures
@@ -166,11 +169,15 @@ def interpolation(pipeline: DDPMPipeline) -> Image.Image:
     return table(rows, [], [])
 
 
-def main(run: Run, output: Path, chosen: list[str]) -> None:
+def load(run: Run) -> tuple[DDPMPipeline, list[str]]:
+    """Load the model of a run, and the names of its classes."""
+    return DDPMPipeline.from_pretrained(run.pipeline), json.loads(run.plan.read_text())["class_names"]
+
+
+def main(run: Run, coloured: dict[str, Run], output: Path, chosen: list[str]) -> None:
+    pipeline, names = load(run)
     data = str(ROOT / "examples" / "fashion_mnist")
-    pipeline = DDPMPipeline.from_pretrained(run.pipeline)
     training = load_images(data, "train", with_labels=True, resolution=list(pipeline.image_shape[1:]))
-    names = json.loads(run.plan.read_text())["class_names"]
     pictures: dict[str, Callable[[], Image.Image]] = {
         "classes": lambda: classes(pipeline, names),
         "forward": lambda: forward(pipeline, training),
@@ -181,6 +188,7 @@ def main(run: Run, output: Path, chosen: list[str]) -> None:
         "interpolation": lambda: interpolation(pipeline),
         "report": lambda: Image.open(write_report(run)),
     }
+    pictures |= {name: lambda other=other: classes(*load(other)) for name, other in coloured.items()}
     output.mkdir(parents=True, exist_ok=True)
     for name in chosen or pictures:
         pictures[name]().save(output / f"{name}.png", optimize=True)
@@ -190,8 +198,11 @@ def main(run: Run, output: Path, chosen: list[str]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", help="the folder of a run of a model with the ten classes of Fashion-MNIST")
+    for name in COLOURED:
+        parser.add_argument(f"--{name}", help=f"the folder of the run whose samples are {name}.png")
     parser.add_argument("--output", default=str(ROOT / "docs" / "pictures"), help="where the pictures go")
     parser.add_argument("--only", nargs="+", default=[], help="names of the pictures to draw; all if not given")
     options = parser.parse_args()
     torch.set_num_threads(1)  # other numbers of threads round differently
-    main(Run(options.run), Path(options.output), options.only)
+    coloured = {name: Run(folder) for name in COLOURED if (folder := getattr(options, name))}
+    main(Run(options.run), coloured, Path(options.output), options.only)
