@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_pipe.run.checkpoint import Checkpoints
 from ddpm_pipe.run.folder import Run
@@ -28,6 +29,17 @@ STOCK = {
     "up_block_types": ["UpBlock2D"] * 2,
     "norm_num_groups": 4,
 }
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most numbers that a tensor made meanwhile has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **kwargs or {})
+        self.numbers = max(self.numbers, made.numel() if isinstance(made, torch.Tensor) else 0)
+        return made
 
 
 def make_recipe(folder: Path, unet=NETWORK, **options) -> TrainConfig:

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import make_recipe
+from runs import Largest, make_recipe
 
 from ddpm_pipe.data.memory import ImageData
 from ddpm_pipe.objective import Objective
 from ddpm_pipe.run.folder import Run
-from ddpm_pipe.training.comparison import Comparison, to_pixels
+from ddpm_pipe.training.comparison import BLOCK, Comparison, to_pixels
 from ddpm_pipe.training.diagnosis import LEAST_SIGNAL, PAGE, diagnose
 from ddpm_pipe.training.log import TIMESTEP_BINS
 from ddpm_pipe.training.loop import train
@@ -178,6 +178,13 @@ def test_a_shift_of_one_channel_is_measured_in_deviations_of_the_images(real):
     assert measured["colour_gap"] == pytest.approx(24 / spread, rel=1e-6)
     assert measured["colour_gap_error"] == pytest.approx(0, abs=1e-9), "each pair is shifted by as much"
     assert abs(measured["colour/raw"] - measured["colour/average"]) == pytest.approx(24 / spread, rel=1e-6)
+
+
+def test_the_colours_of_many_images_are_taken_in_blocks(real):
+    samples = real.take(torch.arange(8))[0]
+    with Largest() as largest:
+        Comparison(real, real, 0).colours(samples, samples)
+    assert largest.numbers == BLOCK * 3 * 8 * 8
 
 
 # ---------------------------------------------------------------- copies

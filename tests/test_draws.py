@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from runs import draw_parts
-from torch.utils._python_dispatch import TorchDispatchMode
+from runs import Largest, draw_parts
 
 from ddpm_pipe.randomness import generator
 from ddpm_pipe.training.config import TrainConfig
@@ -85,17 +84,6 @@ def test_images_are_mirrored_by_the_draws_of_earlier_versions(step):
 def test_half_of_the_images_are_mirrored():
     (draws,) = parts(batch_size=1000)
     assert 440 < draws.mirror.sum() < 560  # 3.8 standard deviations
-
-
-class Largest(TorchDispatchMode):
-    """Notes the most numbers that a tensor made meanwhile has."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **kwargs or {})
-        self.numbers = max(self.numbers, made.numel() if isinstance(made, torch.Tensor) else 0)
-        return made
 
 
 @pytest.mark.parametrize(("processes", "most"), [(1, 1024), (64, 16 + 2 * BLOCK)])

@@ -14,6 +14,8 @@ from ddpm_pipe.randomness import generator
 
 COLOURS = 1000
 """Most images whose colours are taken."""
+BLOCK = 16
+"""Images whose colours are taken at a time, in double precision."""
 COPIES, FEWEST_COPIES, REAL = 16, 10, 64
 """Most and fewest samples, and most real images, whose nearest training images are looked for."""
 NEIGHBOURS = 5
@@ -58,7 +60,8 @@ class Comparison:
         known = self.training if self.training is not None else self.held_out
         if len(average) < 2 or len(known) < 2:
             return {}
-        real = mean_colours(self._some(known, COLOURS))
+        blocks = self._chosen(known, COLOURS).split(BLOCK)
+        real = torch.cat([mean_colours(known.take(positions)[0]) for positions in blocks])
         means = mean_colours(average), mean_colours(raw)
         spread = real.std(0).clamp(min=1.0)
         differences = (means[0] - means[1]) / spread
@@ -85,15 +88,15 @@ class Comparison:
             return {}
         if self._near is None:
             others = self.held_out if len(self.held_out) else training
-            real = nearest(self._some(others, REAL), training, NEIGHBOURS + (others is training))[0]
+            some = others.take(self._chosen(others, REAL))[0]
+            real = nearest(some, training, NEIGHBOURS + (others is training))[0]
             self._near = relative(real[:, -NEIGHBOURS:]).quantile(NEAR).item()
         found = relative(nearest(samples[:COPIES], training, NEIGHBOURS)[0])
         return {"near_copies": (found < self._near).double().mean().item()}
 
-    def _some(self, data: ImageData, count: int) -> Tensor:
-        """Return `count` images drawn at random, or all where there are fewer, uint8 (n, C, H, W)."""
-        positions = torch.randperm(len(data), generator=generator(self.seed, "comparison"))[:count]
-        return data.take(positions)[0]
+    def _chosen(self, data: ImageData, count: int) -> Tensor:
+        """Return the positions of `count` images drawn at random, or of all where there are fewer, (n,)."""
+        return torch.randperm(len(data), generator=generator(self.seed, "comparison"))[:count]
 
 
 def to_pixels(images: list[Image.Image]) -> Tensor:
