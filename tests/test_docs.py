@@ -260,7 +260,9 @@ def test_every_picture_has_a_script_that_draws_it(repo):
 @pytest.mark.slow
 @pytest.mark.xdist_group("docs")
 def test_the_script_draws_the_pictures_of_the_pages(repo, place, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["docs/pictures.py", str(place / "runs" / "mine"), "--output", str(tmp_path)])
+    mine = str(place / "runs" / "mine")
+    argv = ["docs/pictures.py", mine, "--tiles", mine, "--cifar10", mine, "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
     runpy.run_path(str(repo / "docs" / "pictures.py"), run_name="__main__")
     assert {path.name for path in tmp_path.glob("*.png")} == {path.name for path in (repo / "docs/pictures").iterdir()}
 
