@@ -109,12 +109,12 @@ def batches(images: ImageData, epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield pixels, labels
 
 
-def train_judge(name: str, data: str, epochs: int) -> nn.Module:
+def train_judge(name: str, data: str, epochs: int, bf16: bool) -> nn.Module:
     """Train a judge on the training split."""
     images = load_images(data, with_labels=True)
     torch.manual_seed(0)
     network = JUDGES[name](images.shape[0], len(images.class_names)).to(DEVICE, memory_format=torch.channels_last)
-    return fit(network, batches(images, epochs), steps_of(images, epochs))
+    return fit(network, batches(images, epochs), steps_of(images, epochs), bf16)
 
 
 if __name__ == "__main__":
@@ -122,11 +122,12 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path, help="where to save them, as <judge>.pt")
     parser.add_argument("--data", default=BUNDLED, help="labelled images, as `ddpm-pipe train` takes them")
     parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16, twice as fast where it is native")
     parser.add_argument("--judges", nargs="+", choices=JUDGES, default=list(JUDGES))
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     for name in options.judges:
-        network = train_judge(name, options.data, options.epochs)
+        network = train_judge(name, options.data, options.epochs, options.bf16)
         torch.jit.script(network.cpu()).save(str(options.folder / f"{name}.pt"))
         told = f"{accuracy(network.to(DEVICE), options.data):.1%} of the test images are classified rightly"
         print(f"{name}: {told}", flush=True)

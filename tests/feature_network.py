@@ -65,13 +65,13 @@ def steps_of(images: ImageData, epochs: int) -> int:
     return len(images) // BATCH_SIZE * epochs
 
 
-def fit(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], steps: int) -> nn.Module:
-    """Train a classifier, on its device, with uint8 images (B, 1 or 3, H, W) and labels (B,); on a GPU in bf16."""
+def fit(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], steps: int, bf16: bool = False) -> nn.Module:
+    """Train a classifier, on its device, with uint8 images (B, 1 or 3, H, W) and labels (B,)."""
     device = next(network.parameters()).device
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
     for pixels, labels in batches:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits = network(pixels.expand(-1, 3, -1, -1).to(device))[1]
         loss = cross_entropy(logits.float(), labels.to(device), label_smoothing=0.05)
         optimizer.zero_grad()
