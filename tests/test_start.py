@@ -486,4 +486,9 @@ def test_processes_start_from_one_download_and_agree(from_hub, student, tmp_path
     assert done.stdout.count("started from org/stock: weights copied; class_embedding re-initialised") == 1
     gets = [request.path for request in from_hub.requests[before:] if request.method == "GET"]
     assert sum("diffusion_pytorch_model.safetensors" in path for path in gets) == 1
-    assert_same(final_state(one), final_state(two), rtol=1e-3, atol=2e-5)
+    # a softmax does not see the bias of its keys, so that its gradient is rounding, of which AdamW makes whole steps
+    states = [
+        {name: value for name, value in final_state(config).items() if not name.endswith("to_k.bias")}
+        for config in (one, two)
+    ]
+    assert_same(*states, rtol=1e-3, atol=2e-5)
