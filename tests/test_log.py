@@ -98,6 +98,11 @@ def test_the_speed_is_in_images_of_the_whole_batch(log, monkeypatch):
     assert entry["images_per_second"] == 4 * 8 / 2
 
 
+def test_the_bar_of_a_resumed_run_counts_the_speed_of_its_own_steps(log):
+    bar = log_from(9, log.config).bar
+    assert (bar.n, bar.initial, bar.total) == (9, 9, 10)
+
+
 def test_a_resumed_log_drops_what_came_later(log):
     write_steps(log, range(1, 11))
     resumed = log_from(9, log.config)

@@ -47,8 +47,8 @@ class Log:
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator, run: Run, first_step: int):
         self.config, self.accelerator, self.run = config, accelerator, run
-        self.bar = tqdm(total=config.steps, disable=not accelerator.is_local_main_process, unit="step")
-        self.bar.n = first_step
+        is_hidden = not accelerator.is_local_main_process
+        self.bar = tqdm(total=config.steps, initial=first_step, disable=is_hidden, unit="step")
         self.losses: list[tuple[Tensor, Tensor]] = []
         self.since = (time.perf_counter(), first_step)
         if accelerator.is_main_process:
