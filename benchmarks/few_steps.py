@@ -20,6 +20,7 @@ def draw_row(model: str, scheduler: str | None, steps: int, count: int) -> list[
     """Draw the images of seeds 0 to count - 1, each of the next class where there are any, at twice their size."""
     config = SampleConfig(model=model, scheduler=scheduler, steps=steps)
     pipeline = pipeline_for(config)
+    pipeline.samplers = None  # even timesteps, also where others were searched
     labels = None if pipeline.unet.config.get("num_class_embeds") is None else "balanced"
     ((_, images, _),) = sample_images(pipeline, list(range(count)), count, labels, num_inference_steps=steps)
     pixels = pipeline.numpy_to_pil(images.float().div(255).permute(0, 2, 3, 1).numpy())
