@@ -30,8 +30,8 @@ from ddpm_pipe.data.memory import ImageData, load_images
 from ddpm_pipe.evaluation.features import FeatureNetwork, extract, load_features
 from ddpm_pipe.evaluation.metrics import frechet_distance, precision_recall
 from ddpm_pipe.pretrained import DDPMPipeline
-from ddpm_pipe.sampling.config import LoadConfig, SampleConfig
-from ddpm_pipe.sampling.protocol import load_model, pipeline_for, sample_images
+from ddpm_pipe.sampling.config import SampleConfig
+from ddpm_pipe.sampling.protocol import pipeline_for, sample_images
 from ddpm_pipe.training.config import TrainConfig
 from ddpm_pipe.training.log import named_means
 from ddpm_pipe.training.loop import train
@@ -109,11 +109,10 @@ class Bench:
             found |= {f"{kind} {name}": value for kind, value in measured.items()}
         return found
 
-    def held_out(self, config: TrainConfig, model: str) -> dict[str, float]:
-        """Losses of a trained pipeline on the test images."""
+    def held_out(self, config: TrainConfig, unet: torch.nn.Module) -> dict[str, float]:
+        """Losses of a trained network on the test images."""
         plain = config.replace(loss="l2", loss_weight="none", seed=0)
         objective = make_objective(plain, make_scheduler(plain))
-        unet = load_model(LoadConfig(model=model)).unet
         return named_means("held_out_loss", held_out_sums(plain, unet, objective, self.test, torch.device("cpu")))
 
 
@@ -180,10 +179,11 @@ def main() -> None:
             folder = (options.keep or Path(scratch)) / f"{arm}-{options.steps}-{seed}"
             config = stretched(arms[arm], steps).replace(seed=seed, output_dir=str(folder), overwrite=True)
             start = time.process_time()
-            pipeline = train(config)
+            trained = train(config)
             used = {"steps": steps, "ms": 1000 * seconds[arm], "seconds": time.process_time() - start}
-            sampling = SampleConfig(model=str(pipeline), **SAMPLER)
-            judged = bench.compare(bench.draw(pipeline_for(sampling), sampling)) | bench.held_out(config, str(pipeline))
+            sampling = SampleConfig(model=str(trained), **SAMPLER)
+            pipeline = pipeline_for(sampling)
+            judged = bench.compare(bench.draw(pipeline, sampling)) | bench.held_out(config, pipeline.unet)
         line = {"arm": arm, "seed": seed, "budget": options.steps, "images": options.images} | used | judged
         append(options.results, line)
     show(read_lines(options.results), list(changes), options.steps)

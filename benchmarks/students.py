@@ -36,20 +36,23 @@ def train_once(config: TrainConfig) -> str:
 
 
 def samplers(teacher: str, student: str) -> dict[str, SampleConfig]:
-    """The rows of the table -> how their images are drawn; those with searched timesteps come after those without."""
+    """The rows of the table -> how their images are drawn; a TimestepsConfig is searched first."""
     common: dict[str, Any] = {"batch_size": 100, "class_labels": "balanced"}
-    rows = {}
+    rows: dict[str, SampleConfig] = {}
     for steps, searched in TEACHER:
         name = f"teacher, {'searched' if searched else 'DPM-Solver++'}, {steps}"
-        rows[name] = SampleConfig(model=teacher, scheduler="dpm++", steps=steps, **common)
+        kind = TimestepsConfig if searched else SampleConfig
+        rows[name] = kind(model=teacher, scheduler="dpm++", steps=steps, **common)
     return rows | {f"student, {steps}": SampleConfig(model=student, steps=steps, **common) for steps in STUDENT}
 
 
-def measure(bench: Bench, name: str, sampling: SampleConfig) -> dict[str, Any]:
-    """Draw the images of a row, and compare them; a pipeline keeps its searched timesteps, and then takes them."""
-    if "searched" in name:
-        learn_timesteps(TimestepsConfig(**sampling.model_dump(exclude_unset=True)))
+def measure(bench: Bench, sampling: SampleConfig) -> dict[str, Any]:
+    """Draw the images of a row, and compare them."""
+    if isinstance(sampling, TimestepsConfig):
+        learn_timesteps(sampling)
     pipeline = pipeline_for(sampling)
+    if not isinstance(sampling, TimestepsConfig):
+        pipeline.samplers = None  # even timesteps, also where others were searched before
     start = time.process_time()
     drawn = bench.draw(pipeline, sampling)
     return {"ms": 1000 * (time.process_time() - start) / len(drawn)} | bench.compare(drawn)
@@ -87,7 +90,7 @@ def main() -> None:
         done = {line["sampler"] for line in read_lines(options.results) if line["seed"] == seed}
         for name, sampling in samplers(teacher, student).items():
             if name not in done:
-                append(options.results, {"sampler": name, "seed": seed} | measure(bench, name, sampling))
+                append(options.results, {"sampler": name, "seed": seed} | measure(bench, sampling))
     show(read_lines(options.results))
 
 

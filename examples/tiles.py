@@ -31,7 +31,7 @@ def main(clone: Path, folder: Path) -> None:
         release = clone / RELEASE / place
         if not release.is_dir():
             raise SystemExit(f"clone={str(clone)!r} has no folder {RELEASE}/{place}.")
-        for file in sorted(release.rglob("*.png")):
+        for file in release.rglob("*.png"):
             if not file.match(SYMBOLS):
                 target = folder / name / file.relative_to(release).as_posix().replace("/", "_")
                 target.parent.mkdir(parents=True, exist_ok=True)

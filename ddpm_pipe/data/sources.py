@@ -284,11 +284,11 @@ def _by_split(images: list[str]) -> dict[str, list[str]]:
     """
     if any(re.match(r"data/[^/]*-\d{5}-of-\d{5}[^/]*\.", image) for image in images):
         return {}
-    folders = {image: _split_words(image.split("/")[:-1]) for image in images}
-    files = {image: _split_words(image.split("/")[-1:]) for image in images}
-    if not any(folders.values()) and not all(files.values()):
-        return {"train": images}
-    named = folders if any(folders.values()) else files
+    named = {image: _split_words(image.split("/")[:-1]) for image in images}
+    if not any(named.values()):
+        named = {image: _split_words(image.split("/")[-1:]) for image in images}
+        if not all(named.values()):
+            return {"train": images}
     if any(len(words) > 1 for words in named.values()):
         return {}
     found = defaultdict(list)
