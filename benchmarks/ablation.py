@@ -22,7 +22,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from recipes import our_step
 from scipy import stats
-from timing import table
+from timing import DEVICE, table
 
 from ddpm_pipe.cli import PRESETS
 from ddpm_pipe.config import parse
@@ -85,7 +85,7 @@ class Bench:
     def __init__(self, data: str, judges: list[str], images: int):
         self.images = images
         self.real, self.test = load_images(data), load_images(data, "test", with_labels=True)
-        self.judges: dict[str, FeatureNetwork] = {Path(file).stem: load_features(file) for file in judges}
+        self.judges: dict[str, FeatureNetwork] = {Path(file).stem: load_features(file, DEVICE) for file in judges}
         self.features = {name: self._features(judge, self.real) for name, judge in self.judges.items()}
 
     @staticmethod
@@ -95,7 +95,7 @@ class Bench:
     def draw(self, pipeline: DDPMPipeline, sampling: SampleConfig) -> ImageData:
         """Draw the images that are compared."""
         seeds = list(range(self.images))
-        batches = sample_images(pipeline, seeds, sampling.batch_size, **sampling.call_options())
+        batches = sample_images(pipeline.to(DEVICE), seeds, sampling.batch_size, **sampling.call_options())
         return ImageData(torch.cat([images for _, images, _ in batches]), torch.arange(self.images))
 
     def compare(self, drawn: ImageData) -> dict[str, float]:
@@ -113,7 +113,7 @@ class Bench:
         """Losses of a trained network on the test images."""
         plain = config.replace(loss="l2", loss_weight="none", seed=0)
         objective = make_objective(plain, make_scheduler(plain))
-        return named_means("held_out_loss", held_out_sums(plain, unet, objective, self.test, torch.device("cpu")))
+        return named_means("held_out_loss", held_out_sums(plain, unet, objective, self.test, DEVICE))
 
 
 # ---------------------------------------------------------------- the table
