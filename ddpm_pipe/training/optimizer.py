@@ -1,5 +1,6 @@
 """The optimizers of training: AdamW, and Muon for the matrices with AdamW for the rest."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,23 +38,41 @@ def hidden_matrices(unet: nn.Module) -> list[Tensor]:
     ]
 
 
-def orthogonalized(matrices: Tensor) -> Tensor:
-    """Bring all singular values of each matrix, (..., m, n), near 1 by Newton-Schulz iterations.
+def newton_schulz(grams: Tensor) -> Tensor:
+    """Return for each Gram matrix G = M M^T, (k, m, m), the matrix by which to multiply M, (k, m, m).
 
-    Each iteration multiplies M by a + b M M^T + c (M M^T)^2. The product of these factors is a polynomial of the first
-    Gram matrix M M^T, or M^T M if that is smaller, so M itself is multiplied only once.
+    M is scaled to a Frobenius norm of 1, and each iteration multiplies it by F = a + b G + c G^2, with the G of then.
+    Polynomials of one matrix commute, so M itself need not take part.
     """
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    wide = matrices.mT if tall else matrices
-    wide = wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp(min=1e-7)
     a, b, c = COEFFICIENTS
-    gram, eye = wide @ wide.mT, torch.eye(wide.shape[-2], dtype=wide.dtype, device=wide.device)
-    product = eye
+    squares = grams.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-14).view(-1, 1, 1)  # of the Frobenius norms
+    grams = grams / squares
+    product = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device).expand_as(grams)
     for _ in range(ITERATIONS):
-        factor = a * eye + b * gram + c * gram @ gram
-        product, gram = factor @ product, factor @ gram @ factor
-    result = product @ wide
-    return result.mT if tall else result
+        rest = torch.baddbmm(grams, grams, grams, beta=b, alpha=c)  # F - a
+        product = torch.baddbmm(product, rest, product, beta=a)  # F times the product
+        for _ in range(2):
+            grams = torch.baddbmm(grams, rest, grams, beta=a)  # F G F
+    return product * squares.rsqrt()
+
+
+def orthogonalized(matrices: list[Tensor]) -> list[Tensor]:
+    """Bring all singular values of each matrix, (m, n), near 1 by Newton-Schulz iterations of the smaller Gram matrix.
+
+    Those of one size are computed together, since a GPU takes as long for a small product as for a large one.
+    """
+    wide = [each.mT if each.shape[0] > each.shape[1] else each for each in matrices]
+    places: dict[torch.Size, list[int]] = defaultdict(list)
+    for i, each in enumerate(wide):
+        places[each.shape].append(i)
+    stacks = {shape: torch.stack([wide[i] for i in places[shape]]) for shape in places}
+    for size in dict.fromkeys(shape[0] for shape in stacks):
+        alike = [shape for shape in stacks if shape[0] == size]
+        factors = newton_schulz(torch.cat([stacks[shape] @ stacks[shape].mT for shape in alike]))
+        for shape, factor in zip(alike, factors.split([len(places[shape]) for shape in alike])):
+            for i, result in zip(places[shape], factor @ stacks[shape]):
+                wide[i] = result
+    return [result if result.shape == each.shape else result.mT for result, each in zip(wide, matrices)]
 
 
 class Muon(torch.optim.AdamW):
@@ -97,22 +116,18 @@ class Muon(torch.optim.AdamW):
         return result
 
     def _move(self, matrices: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
-        """Move the matrices, all of one shape at once: to a GPU a small product takes as long as a large one."""
         momenta = [self._momentum(matrix) for matrix in matrices]
         torch._foreach_mul_(momenta, group["momentum"])
         torch._foreach_add_(momenta, gradients)
-        ahead = [each.flatten(1) for each in torch._foreach_add(gradients, momenta, alpha=group["momentum"])]
+        ahead = torch._foreach_add(gradients, momenta, alpha=group["momentum"])
+        directions = orthogonalized([each.flatten(1) for each in ahead])
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        for shape in dict.fromkeys(each.shape for each in ahead):
-            places = [i for i, each in enumerate(ahead) if each.shape == shape]
-            directions = orthogonalized(torch.stack([ahead[i] for i in places]))
-            size = group["lr"] * group["rms"] * max(shape) ** 0.5
-            alike = [matrices[i] for i in places]
-            torch._foreach_add_(alike, [d.view_as(m) for d, m in zip(directions, alike)], alpha=-size)
+        sizes = [-group["lr"] * group["rms"] * max(each.shape) ** 0.5 for each in directions]
+        torch._foreach_mul_(directions, sizes)
+        torch._foreach_add_(matrices, [each.view_as(matrix) for each, matrix in zip(directions, matrices)])
 
     def _momentum(self, matrix: Tensor) -> Tensor:
         state = self.state[matrix]
-        if not state:  # AdamW loads the state of parameters that have a step
-            state |= {"step": torch.tensor(0.0), "momentum": torch.zeros_like(matrix)}
-        state["step"] += 1
+        if not state:  # AdamW loads the state of a parameter only with a step, and moves that to its device
+            state |= {"step": torch.zeros((), device=matrix.device), "momentum": torch.zeros_like(matrix)}
         return state["momentum"]
