@@ -6,9 +6,11 @@ an earlier timestep r of the same image and noise, and r comes closer to t in th
 """
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from ddpm_pipe.noise import snr
+from ddpm_pipe.pipeline import null_class
 from ddpm_pipe.prediction import PREDICTIONS
 from ddpm_pipe.schedulers import LEARNED_VARIANCES, DDPMScheduler
 
@@ -40,12 +42,20 @@ class ConsistencyObjective:
     Args:
         scheduler: gives the noise levels and `prediction_type`.
         stages: how often r comes closer to t in a run.
+        teacher: the model whose guidance is learned, in evaluation mode; None for no guidance.
+        guidance: scale of that guidance, 1 for none.
 
     Raises:
         ValueError: for a scheduler whose networks cannot be tuned, saying why.
     """
 
-    def __init__(self, scheduler: DDPMScheduler, stages: int = 4):
+    def __init__(
+        self,
+        scheduler: DDPMScheduler,
+        stages: int = 4,
+        teacher: ModelMixin | None = None,
+        guidance: float = 1.0,
+    ):
         config = scheduler.config
         if config.prediction_type == "epsilon":
             raise ValueError(
@@ -55,7 +65,7 @@ class ConsistencyObjective:
             )
         if config.variance_type in LEARNED_VARIANCES:
             raise ValueError("objective='consistency' trains no variance; choose variance_type fixed_small.")
-        self.scheduler, self.stages = scheduler, stages
+        self.scheduler, self.stages, self.teacher, self.guidance = scheduler, stages, teacher, guidance
         self.sigmas = snr(scheduler.alpha_bar(torch.arange(-1, len(scheduler)))).rsqrt()
 
     def __call__(
@@ -75,15 +85,34 @@ class ConsistencyObjective:
         """
         self.sigmas = self.sigmas.to(t.device)  # the first call copies them
         r = earlier_timestep(self.sigmas, t, 1 + min(int(progress * self.stages), self.stages - 1))
+        x_t = self.scheduler.add_noise(x0, eps, t)
+        x0, eps = self._guided(x0, eps, x_t, t, conditions)
         with torch.no_grad(), torch.random.fork_rng([t.device] if t.is_cuda else []):
-            target = self._denoise(unet, x0, r.clamp(min=0), eps, conditions)
+            x_r = self.scheduler.add_noise(x0, eps, r.clamp(min=0))
+            target = self._denoise(unet, x_r, r.clamp(min=0), conditions)
         target = torch.where((r < 0).view(-1, 1, 1, 1), x0, target)
-        error = self._denoise(unet, x0, t, eps, conditions) - target
+        error = self._denoise(unet, x_t, t, conditions) - target
         distance = (error.square().flatten(1).mean(1) + HUBER**2).sqrt() - HUBER
         return distance * (1 + 1 / self.sigmas[t + 1]).float()
 
-    def _denoise(self, unet: nn.Module, x0: Tensor, t: Tensor, eps: Tensor, conditions: dict[str, Tensor]) -> Tensor:
-        """Return D(x_t), the network's estimate of x0 from x0 and noise mixed as at t, (B, C, H, W)."""
-        x_t = self.scheduler.add_noise(x0, eps, t)
+    @torch.no_grad()
+    def _guided(
+        self, x0: Tensor, eps: Tensor, x_t: Tensor, t: Tensor, conditions: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the image moved by what guidance adds to the teacher's estimate, and the noise that keeps x_t.
+
+        The mean of x0 given x_t then is the guided estimate (Ho & Salimans 2021, eq. 6, whose w is one less), so that
+        x_r lies, on average, where a step of DDIM with guidance goes from x_t.
+        """
+        if self.teacher is None or (null := null_class(self.teacher)) is None:
+            return x0, eps
+        without = {"class_labels": torch.full_like(conditions["class_labels"], null)}
+        with_class, without_class = (self._denoise(self.teacher, x_t, t, each) for each in (conditions, without))
+        x0 = x0 + (self.guidance - 1) * (with_class - without_class)
+        alpha_bar = self.scheduler.alpha_bar(t).view(-1, 1, 1, 1)
+        return x0, ((x_t - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()).to(x0.dtype)
+
+    def _denoise(self, unet: nn.Module, x_t: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        """Return D(x_t), the network's estimate of x0, (B, C, H, W)."""
         output = unet(x_t, t, **conditions).sample.float()
         return PREDICTIONS[self.scheduler.config.prediction_type].x0(output, x_t, self.scheduler.alpha_bar(t))

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import one_sentence
 from PIL import Image
 from runs import NETWORK, STOCK, assert_same, final_state, launch, write_config
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import dropout
 
@@ -20,6 +22,7 @@ from ddpm_pipe.run.folder import Run
 from ddpm_pipe.schedulers import DDPMScheduler
 from ddpm_pipe.sharing.card import make_card
 from ddpm_pipe.training.loop import train
+from ddpm_pipe.training.posthoc import held_out_losses
 
 COSINE = {"beta_schedule": "cosine", "prediction_type": "sample"}
 CHAINS = [DDPMScheduler(**COSINE), DDPMScheduler(**COSINE, rescale_betas_zero_snr=True)]
@@ -194,6 +197,64 @@ def test_outputs_are_compared_as_estimates_of_x0(batch, prediction_type):
     assert ConsistencyObjective(chain, stages=9)(Denoiser(answer), x0, t, eps).max() < 1e-4
 
 
+# ---------------------------------------------------------------- guidance
+
+
+class Teacher(Denoiser):
+    """Estimates an image by the class, and another one without a class, which is label 3."""
+
+    config = {"num_class_embeds": 3}
+    null_class = 3
+
+    def forward(self, x, t, class_labels):
+        self.seen.append(class_labels)
+        estimate = torch.where(class_labels.view(-1, 1, 1, 1) == 3, -0.2, self.estimate)
+        return SimpleNamespace(sample=estimate.expand_as(x))
+
+
+class Recorder(Denoiser):
+    """Remembers the noisy images that it saw."""
+
+    def forward(self, x, t, **conditions):
+        self.seen.append(x)
+        return SimpleNamespace(sample=self.estimate(x, t))
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.5])
+@chains
+def test_a_guided_target_lies_where_a_step_of_ddim_with_guidance_goes(chain, guidance):
+    """The image of the batch is what the teacher estimates from the class, which it is on average."""
+    draw = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, len(chain), 1, 4, 4, generator=draw)
+    t, labels = torch.arange(len(chain)), torch.arange(len(chain)) % 3
+    network = Recorder(lambda x, t: x)
+    ConsistencyObjective(chain, 9, Teacher(x0), guidance)(network, x0, t, eps, False, 0.3, class_labels=labels)
+    r = earlier_timestep(sigmas(chain), t, 3)
+    x_t, (x_r, seen) = chain.add_noise(x0, eps, t), network.seen
+    signal, noise = (part.view(-1, 1, 1, 1).sqrt() for part in (chain.alpha_bar(t), 1 - chain.alpha_bar(t)))
+    signal_r, noise_r = (part.view(-1, 1, 1, 1).sqrt() for part in (chain.alpha_bar(r), 1 - chain.alpha_bar(r)))
+    guided = -0.2 + guidance * (x0 + 0.2)
+    expected = (signal_r * guided + noise_r * (x_t - signal * guided) / noise).float()
+    assert torch.equal(seen, x_t)
+    torch.testing.assert_close(x_r[r >= 0], expected[r >= 0], rtol=1e-4, atol=1e-4)
+
+
+def test_where_the_target_is_the_image_it_is_the_guided_one(batch):
+    x0, _, eps = batch
+    t, labels = torch.tensor([1, 5, 10, 15, 20, 25]), torch.tensor([0, 1, 2, 0, 1, 2])
+    objective = ConsistencyObjective(CHAINS[0], 4, Teacher(x0), 3.0)
+    network = Denoiser(lambda x, t: -0.2 + 3 * (x0 + 0.2))
+    assert objective(network, x0, t, eps, class_labels=labels).max() < 1e-6
+
+
+def test_images_without_a_class_have_no_guidance(batch):
+    x0, t, eps = batch
+    objectives = ConsistencyObjective(CHAINS[0]), ConsistencyObjective(CHAINS[0], 4, Teacher(x0), 3.0)
+    labels = torch.full((6,), 3)
+    losses = [objective(Denoiser(lambda x, t: x), x0, t, eps, class_labels=labels) for objective in objectives]
+    torch.testing.assert_close(*losses)
+
+
 # ---------------------------------------------------------------- runs
 
 TUNED = {"objective": "consistency", "prediction_type": "v_prediction", "num_train_timesteps": 40}
@@ -248,6 +309,57 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(recipe, 
     shutil.rmtree(Run(config.output_dir).checkpoint(6))
     train(config.replace(resume=True))
     assert_same(whole, final_state(config))
+
+
+GUIDED = {"objective": "consistency", "consistency_guidance": 2.0, "class_conditional": True}
+
+
+@pytest.fixture
+def teacher(recipe):
+    return train(recipe("teacher", prediction_type="v_prediction", sample_every=0, class_conditional=True))
+
+
+@pytest.mark.parametrize("changes", [{"objective": "denoising"}, {"class_conditional": False}, {"init_from": None}])
+def test_guidance_needs_classes_and_a_teacher(recipe, changes):
+    with one_sentence("consistency_guidance=2.0 needs objective consistency, class_conditional, and init_from"):
+        recipe(**GUIDED | {"init_from": "teacher"} | changes)
+
+
+def test_guidance_needs_a_network_that_is_its_teacher(recipe):
+    teacher = train(recipe("teacher", prediction_type="v_prediction", steps=1, sample_every=0))
+    with one_sentence("needs a model that the run takes over as it is, but of init_from=", "class_embedding"):
+        train(recipe("student", init_from=str(teacher), **GUIDED))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_run_that_learns_guidance_is_resumed_bit_for_bit_without_its_teacher(recipe, teacher, precision):
+    options = GUIDED | {"init_from": str(teacher), "mixed_precision": precision, "save_every": 2, "holdout": 8}
+    config = recipe("student", **options)
+    before = DDPMPipeline.from_pretrained(teacher).unet.state_dict()
+    AcceleratorState._reset_state(reset_partial_state=True)  # the teacher may have another precision
+    train(config)
+    run, whole = Run(config.output_dir), final_state(config)
+    assert_same(load_file(run.teacher), before)
+    losses = [entry["held_out_loss"] for entry in run.read_metrics() if "held_out_loss" in entry]
+    assert held_out_losses(run, [run.pipeline])[run.pipeline] == pytest.approx(losses[-1], rel=1e-2)
+    shutil.rmtree(teacher.parent)
+    shutil.rmtree(run.checkpoint(6))
+    train(config.replace(resume=True))
+    assert_same(whole, final_state(config))
+    run.teacher.write_bytes(b"cut")
+    with one_sentence("teacher.safetensors, the teacher whose guidance this run learns, cannot be read"):
+        train(config.replace(resume=True))
+
+
+def test_a_run_that_learns_guidance_is_another_and_draws_its_grids_without(recipe, teacher):
+    options = GUIDED | {"init_from": str(teacher), "guidance_scale": 3.0, "steps": 2, "save_every": 2}
+    guided = recipe("guided", **options)
+    plain = recipe("plain", **options | {"consistency_guidance": 1.0})
+    for config in (guided, plain):
+        train(config)
+    assert any((final_state(guided)[name] != weights).any() for name, weights in final_state(plain).items())
+    assert guided.grid_guidance == 1.0 and plain.grid_guidance == 3.0
+    assert not Run(plain.output_dir).teacher.exists()
 
 
 @pytest.mark.slow

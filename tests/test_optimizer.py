@@ -28,7 +28,9 @@ def test_orthogonalization_changes_only_the_singular_values_and_these_by_its_pol
 
 
 def test_singular_values_end_near_one_in_single_precision():
-    values = torch.linalg.svdvals(orthogonalized([torch.randn(128, 1152, generator=torch.Generator().manual_seed(0))])[0])
+    values = torch.linalg.svdvals(
+        orthogonalized([torch.randn(128, 1152, generator=torch.Generator().manual_seed(0))])[0]
+    )
     assert values.min() > 0.67 and values.max() < 1.15
 
 

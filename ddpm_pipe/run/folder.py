@@ -32,6 +32,7 @@ class Run:
         metrics: the log, one JSON object per line.
         report: the curves of the log.
         pipeline: the averaged network, saved as a pipeline.
+        teacher: the weights of the teacher whose guidance the run learns.
         checkpoints, snapshots, samples: folders of checkpoints, of power-function averages and of sample grids.
     """
 
@@ -42,6 +43,7 @@ class Run:
         self.metrics = self.folder / "metrics.jsonl"
         self.report = self.folder / "report.png"
         self.pipeline = self.folder / "pipeline"
+        self.teacher = self.folder / "teacher.safetensors"
         self.checkpoints = self.folder / "checkpoints"
         self.snapshots = self.folder / "ema"
         self.samples = self.folder / "samples"

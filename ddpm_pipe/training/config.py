@@ -95,6 +95,9 @@ class LossConfig(Config):
     are of denoising alone"""
     consistency_stages: PositiveInt = 4
     """how often the two timesteps that consistency compares come closer in a run"""
+    consistency_guidance: Float = 1.0
+    """scale of the classifier-free guidance of the model of init_from that its student learns, so that each class is
+    drawn guided without a second call of the network; 1 is none"""
     loss: str = "l2"
     """how an error is measured: l1, l2 or huber"""
     loss_weight: str = "none"
@@ -241,7 +244,19 @@ class TrainConfig(DataConfig, ModelConfig, LossConfig, OptimConfig, MachineConfi
             raise ValueError(f"budget={self.budget!r} and steps={self.steps} contradict each other; give one of them.")
         if self.objective == "consistency" and self.unet.get("self_condition"):
             raise ValueError("objective='consistency' needs a network whose unet.self_condition is false.")
+        if self.consistency_guidance != 1 and not (
+            self.objective == "consistency" and self.class_conditional and self.init_from is not None
+        ):
+            raise ValueError(
+                f"consistency_guidance={self.consistency_guidance} needs objective consistency, class_conditional, and "
+                "init_from, the model whose guidance is learned."
+            )
         return self
+
+    @property
+    def grid_guidance(self) -> float:
+        """Guidance of the sample grids: none where the network itself has learned to draw guided images."""
+        return self.guidance_scale if self.consistency_guidance == 1 else 1.0
 
     def undecided(self) -> set[str]:
         """Return the keys that were not given and follow from the budget; without a network, the recipe as well.

@@ -29,6 +29,7 @@ from ddpm_pipe.training.settling import settle
 from ddpm_pipe.training.start import find_source, start_from, take_over
 from ddpm_pipe.training.state import TrainState
 from ddpm_pipe.training.step import training_step
+from ddpm_pipe.training.teacher import first_teacher, keep_teacher, kept_teacher, prepared
 from ddpm_pipe.training.validation import Validation
 
 __all__ = ["Interrupted", "TrainConfig", "train"]
@@ -83,14 +84,20 @@ def run_steps(config: TrainConfig, accelerator: Accelerator, run: Run, interrupt
     if config.resume and accelerator.is_main_process:
         print_changes(config, run)
     scheduler = make_scheduler(config)
-    objective, unet = make_objective(config, scheduler), make_unet(config, data)
-    start = None if source is None else start_from(source, unet, config)
+    unet = make_unet(config, data)
+    start = teacher = None
+    if source is not None:
+        start = start_from(source, unet, config)
+        teacher = first_teacher(config, unet, start["told"]) if source.weights else kept_teacher(config, unet, run)
     del source  # its weights are copied
+    objective = make_objective(config, scheduler, prepared(teacher, accelerator))
     state = TrainState(config, unet, accelerator)
     first = state.restore(run, settled.last) if config.resume else 0
     announce(settled, data, state, run, first, start)
     if config.plan:
         return
+    if teacher is not None and not first and accelerator.is_main_process:
+        keep_teacher(teacher, run)
     batches = data.batches(config.batch_size, config.seed)
     log = Log(config, accelerator, run, first)
     validation = Validation(config, objective, data, held_out, log)

@@ -16,6 +16,7 @@ from ddpm_pipe.training.ema import posthoc_coefficients
 from ddpm_pipe.training.log import named_means
 from ddpm_pipe.training.loop import load_training_images
 from ddpm_pipe.training.recipe import make_objective, make_scheduler
+from ddpm_pipe.training.teacher import kept_teacher
 from ddpm_pipe.training.validation import held_out_sums
 
 
@@ -130,7 +131,8 @@ def held_out_losses(run: Run, pipelines: list[Path]) -> dict[Path, float]:
     """
     config, state = TrainConfig(**run.read_config()), processes()
     _, held_out = load_training_images(config, state)
-    objective = make_objective(config, make_scheduler(config))
+    teacher = kept_teacher(config, DDPMPipeline.from_pretrained(pipelines[0]).unet.to(state.device), run)
+    objective = make_objective(config, make_scheduler(config), teacher)
     losses = {}
     for pipeline in pipelines:
         unet = DDPMPipeline.from_pretrained(pipeline).unet.to(state.device)

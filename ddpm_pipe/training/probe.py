@@ -16,6 +16,7 @@ from ddpm_pipe.training.launcher import make_accelerator
 from ddpm_pipe.training.recipe import TrainingLoss, make_objective, make_scheduler, make_unet
 from ddpm_pipe.training.state import TrainState
 from ddpm_pipe.training.step import training_step
+from ddpm_pipe.training.teacher import frozen_copy, prepared
 from ddpm_pipe.training.validation import FAILURES, draw_samples
 
 try:
@@ -65,8 +66,11 @@ def _train_and_show(
     config: TrainConfig, data: ImageData | ImageStream, held_out: ImageData, accelerator: Accelerator
 ) -> tuple[float, float]:
     """Return the seconds of a step, and those of the grids and the held-out loss."""
-    state = TrainState(config, make_unet(config, data), accelerator)
-    objective, batches = make_objective(config, make_scheduler(config)), data.batches(config.batch_size, config.seed)
+    unet = make_unet(config, data)
+    teacher = prepared(frozen_copy(config, unet), accelerator)
+    state = TrainState(config, unet, accelerator)
+    objective = make_objective(config, make_scheduler(config), teacher)
+    batches = data.batches(config.batch_size, config.seed)
 
     def seconds_of(first: int, count: int) -> float:
         """Take steps, the last one of the run again beyond its end, and return the main process's seconds of one."""
@@ -102,7 +106,7 @@ def _showing_seconds(config: TrainConfig, state: TrainState, objective: Training
             seconds = _now() - start
     except FAILURES:
         return 0.0
-    guided = config.class_conditional and config.guidance_scale != 1
+    guided = config.class_conditional and config.grid_guidance != 1
     images = 2 * config.num_samples * (1 + guided)  # through the averaged and through the raw network
     return seconds * (config.sample_steps + held_out / images)
 

@@ -122,8 +122,8 @@ def make_sampler(config: LossConfig, scheduler: DDPMScheduler) -> SchedulerMixin
     return LCMScheduler.from_config(settings, original_inference_steps=len(scheduler))
 
 
-def make_objective(config: LossConfig, scheduler: DDPMScheduler) -> TrainingLoss:
-    """Build the training loss."""
+def make_objective(config: LossConfig, scheduler: DDPMScheduler, teacher: ModelMixin | None = None) -> TrainingLoss:
+    """Build the training loss; `teacher` is the model whose guidance a student learns."""
     if config.objective == "consistency":
-        return ConsistencyObjective(scheduler, config.consistency_stages)
+        return ConsistencyObjective(scheduler, config.consistency_stages, teacher, config.consistency_guidance)
     return Objective(scheduler, config.loss, config.loss_weight, config.loss_gamma, config.loss_k, config.vlb_weight)

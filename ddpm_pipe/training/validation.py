@@ -161,7 +161,7 @@ def samples_of(config: TrainConfig, pipeline: DDPMPipeline) -> Samples:
     classes = null_class(unet)
     if config.class_conditional and classes is not None:
         columns = min(classes, count)
-        options = {"class_labels": torch.arange(count) % classes, "guidance_scale": config.guidance_scale}
+        options = {"class_labels": torch.arange(count) % classes, "guidance_scale": config.grid_guidance}
     rounds = [
         pipeline(count, generator(config.seed, "sample"), steps, **options, return_dict=False)[0]
         for steps in (FEW_STEPS if few else (config.sample_steps,))
