@@ -155,10 +155,12 @@ def main() -> None:
     print(f"{describe_device(DEVICE)}, torch {torch.__version__}; a product reaches {most} TFLOP/s")
     with tempfile.TemporaryDirectory() as folder:
         data = make_data(Path(folder), 128 if quick else 2048)
-        trained = [row for batch in batches for row in training(data, unet, batch, rounds, reached, arguments.settings)]
+        trained = []
+        for batch in batches:
+            trained += training(data, unet, batch, rounds, reached, arguments.settings)
+            show(f"Training, batch {batch}", [row for row in trained if row["batch"] == batch])
         compiled = any("compile" in SETTINGS[name] for name in arguments.settings)
         sampled = sampling(unet, data, batches[-1], rounds, compiled)
-    show("Training", trained)
     show("A step of sampling, bf16", sampled)
     if arguments.json:
         facts = {"device": describe_device(DEVICE), "torch": torch.__version__, "product_flops": reached}
