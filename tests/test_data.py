@@ -82,6 +82,16 @@ def test_class_subfolders_become_labels(tmp_path):
     assert data.labels.tolist() == [0, 0, 1, 1, 1]
 
 
+@pytest.mark.parametrize("load", [load_images, stream_images])
+def test_classes_that_are_not_used_are_named_before_training(tmp_path, load):
+    for name in ("cat", "dog"):
+        folder(tmp_path / name, image())
+    assert load(str(tmp_path), with_labels=True).notes()[-1] == "2 classes: cat, dog"
+    unused = "2 classes that this run does not use; class_conditional true trains with them: cat, dog"
+    assert load(str(tmp_path)).notes()[-1] == unused
+    assert not any("class" in line for line in load(folder(tmp_path / "cat", image())).notes())
+
+
 @pytest.mark.parametrize(
     "form", ["parquet", "arrow", "save_to_disk", "dataset_dict", "folder_of_parquet", "raw_parquet"]
 )

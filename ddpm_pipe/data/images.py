@@ -280,8 +280,11 @@ def describe_shape(shape: tuple[int, ...]) -> str:
     return f"{width}x{height}, {channels} channel{'s' * (channels > 1)}"
 
 
-def describe_classes(names: tuple[str, ...]) -> list[str]:
-    """Return a line that lists the classes; none where there are no classes."""
+def describe_classes(names: tuple[str, ...], unused: tuple[str, ...]) -> list[str]:
+    """Return a line that lists the classes, or those that a run leaves out; none where there are no classes."""
+    if unused:
+        names_of = f"{len(unused)} classes that this run does not use; class_conditional true trains with them"
+        return [f"{names_of}: {', '.join(unused)}"]
     return [f"{len(names)} classes: {', '.join(names)}"] if names else []
 
 

@@ -46,6 +46,7 @@ from ddpm_pipe.data.sources import (
     open_dataset,
     read_labels,
     reason,
+    unused_classes,
 )
 from ddpm_pipe.launch import local_processes, to_device
 from ddpm_pipe.randomness import generator
@@ -66,6 +67,7 @@ class ImageData:
         rows: int64 (len(self),), the indices of the images in use.
         labels: int64 (N,) or None.
         class_names: names of the classes, by label.
+        unused: names of the classes of images that were read without labels.
         column: the dataset column that holds the images.
         skipped: one line for each image that could not be read.
         memory_mapped: whether `images` is backed by a file.
@@ -75,6 +77,7 @@ class ImageData:
     rows: Tensor
     labels: Tensor | None = None
     class_names: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     column: str = ""
     skipped: tuple[str, ...] = ()
     memory_mapped: bool = False
@@ -115,7 +118,7 @@ class ImageData:
     def notes(self) -> list[str]:
         """Return further lines to print before training: where images are kept, the classes, and unreadable images."""
         where = "memory-mapped" if self.memory_mapped else "in memory"
-        lines = [f"{self.images.nbytes / 2**20:.1f} MiB {where}", *describe_classes(self.class_names)]
+        lines = [f"{self.images.nbytes / 2**20:.1f} MiB {where}", *describe_classes(self.class_names, self.unused)]
         if self.skipped:
             lines.append(f"{len(self.skipped)} unreadable images skipped:")
             lines.extend(f"  {line}" for line in self.skipped)
@@ -158,6 +161,7 @@ def load_images(
         rows=torch.tensor([i for i in range(len(cells)) if i not in skipped], dtype=torch.long),
         labels=labels,
         class_names=names,
+        unused=() if with_labels else unused_classes(dataset),
         column=column,
         skipped=tuple(f"row {i}: {why}" for i, why in skipped.items()),
         memory_mapped=isinstance(images, np.memmap),

@@ -413,6 +413,12 @@ def find_label_column(dataset: AnyDataset, name: str | None = None) -> str:
     return found[0]
 
 
+def unused_classes(dataset: AnyDataset) -> tuple[str, ...]:
+    """Return the names of the classes that a run without labels leaves out; () where there is no one column of them."""
+    found = [feature for feature in (dataset.features or {}).values() if isinstance(feature, datasets.ClassLabel)]
+    return tuple(found[0].names) if len(found) == 1 and found[0].num_classes > 1 else ()
+
+
 def read_labels(dataset: datasets.Dataset, column: str) -> tuple[Tensor, tuple[str, ...]]:
     """Return the labels, int64 (N,) from 0, and the names of the classes.
 

@@ -28,7 +28,15 @@ from ddpm_pipe.data.images import (
     to_unit_range,
 )
 from ddpm_pipe.data.memory import ImageData
-from ddpm_pipe.data.sources import DataError, explained, find_image_column, find_label_column, is_label, open_dataset
+from ddpm_pipe.data.sources import (
+    DataError,
+    explained,
+    find_image_column,
+    find_label_column,
+    is_label,
+    open_dataset,
+    unused_classes,
+)
 from ddpm_pipe.launch import to_device
 from ddpm_pipe.randomness import derive_seed
 
@@ -53,6 +61,7 @@ class ImageStream:
         column: the column of the images.
         label_column: the column of the labels; None where there are none.
         class_names: names of the classes, by label.
+        unused: names of the classes of a stream that is read without labels.
         shape: (C, H, W) of the images.
         skipped: one line for each image that could not be read so far.
     """
@@ -61,6 +70,7 @@ class ImageStream:
     column: str
     label_column: str | None
     class_names: tuple[str, ...]
+    unused: tuple[str, ...]
     shape: tuple[int, int, int]
     skipped: list[str] = field(default_factory=list)
 
@@ -130,7 +140,7 @@ class ImageStream:
             raise DataError(f"holdout={count} must leave some of the {len(rows)} images to train on.")
         readable = [example for example in self._read(rows[:count]) if not isinstance(example, Unreadable)]
         images, labels = self._stack(readable)
-        held_out = ImageData(images, torch.arange(len(images)), labels, self.class_names, self.column)
+        held_out = ImageData(images, torch.arange(len(images)), labels, self.class_names, column=self.column)
         return replace(self, rows=self.rows.skip(count)), held_out
 
     def batches(self, batch_size: int, seed: int) -> "StreamBatches":
@@ -143,7 +153,7 @@ class ImageStream:
 
     def notes(self) -> list[str]:
         """Return further lines to print before training: the classes."""
-        return describe_classes(self.class_names)
+        return describe_classes(self.class_names, self.unused)
 
 
 def stream_images(
@@ -171,12 +181,13 @@ def stream_images(
         if not isinstance(rows.features[label_column], datasets.ClassLabel):
             raise DataError(f"label_column={label_column!r} must be of the class-label type to be streamed.")
         names = tuple(rows.features[label_column].names)
+    unused = () if with_labels else unused_classes(rows)
     kept = [column, label_column] if label_column else [column]
     rows = rows.select_columns(kept).cast_column(column, datasets.Image(decode=False))
     with explained(f"data={data!r}"):
         first = first_header(row[column] for row in itertools.islice(rows, PATIENCE))
     shape = (choose_channels([first], channels), *choose_size([first], resolution))
-    return ImageStream(rows, column, label_column, names, shape)
+    return ImageStream(rows, column, label_column, names, unused, shape)
 
 
 class StreamBatches:
