@@ -10,7 +10,6 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from ddpm_pipe.noise import snr
-from ddpm_pipe.pipeline import null_class
 from ddpm_pipe.prediction import PREDICTIONS
 from ddpm_pipe.schedulers import LEARNED_VARIANCES, DDPMScheduler
 
@@ -43,6 +42,7 @@ class ConsistencyObjective:
         scheduler: gives the noise levels and `prediction_type`.
         stages: how often r comes closer to t in a run.
         teacher: the model whose guidance is learned, in evaluation mode; None for no guidance.
+        null_class: the label with which the teacher estimates an image of any class.
         guidance: scale of that guidance, 1 for none.
 
     Raises:
@@ -54,6 +54,7 @@ class ConsistencyObjective:
         scheduler: DDPMScheduler,
         stages: int = 4,
         teacher: ModelMixin | None = None,
+        null_class: int | None = None,
         guidance: float = 1.0,
     ):
         config = scheduler.config
@@ -65,7 +66,8 @@ class ConsistencyObjective:
             )
         if config.variance_type in LEARNED_VARIANCES:
             raise ValueError("objective='consistency' trains no variance; choose variance_type fixed_small.")
-        self.scheduler, self.stages, self.teacher, self.guidance = scheduler, stages, teacher, guidance
+        self.scheduler, self.stages = scheduler, stages
+        self.teacher, self.null_class, self.guidance = teacher, null_class, guidance
         self.sigmas = snr(scheduler.alpha_bar(torch.arange(-1, len(scheduler)))).rsqrt()
 
     def __call__(
@@ -104,9 +106,9 @@ class ConsistencyObjective:
         The mean of x0 given x_t then is the guided estimate (Ho & Salimans 2021, eq. 6, whose w is one less), so that
         x_r lies, on average, where a step of DDIM with guidance goes from x_t.
         """
-        if self.teacher is None or (null := null_class(self.teacher)) is None:
+        if self.teacher is None or self.null_class is None:
             return x0, eps
-        without = {"class_labels": torch.full_like(conditions["class_labels"], null)}
+        without = {"class_labels": torch.full_like(conditions["class_labels"], self.null_class)}
         with_class, without_class = (self._denoise(self.teacher, x_t, t, each) for each in (conditions, without))
         x0 = x0 + (self.guidance - 1) * (with_class - without_class)
         alpha_bar = self.scheduler.alpha_bar(t).view(-1, 1, 1, 1)

@@ -203,9 +203,6 @@ def test_outputs_are_compared_as_estimates_of_x0(batch, prediction_type):
 class Teacher(Denoiser):
     """Estimates an image by the class, and another one without a class, which is label 3."""
 
-    config = {"num_class_embeds": 3}
-    null_class = 3
-
     def forward(self, x, t, class_labels):
         self.seen.append(class_labels)
         estimate = torch.where(class_labels.view(-1, 1, 1, 1) == 3, -0.2, self.estimate)
@@ -228,7 +225,7 @@ def test_a_guided_target_lies_where_a_step_of_ddim_with_guidance_goes(chain, gui
     x0, eps = torch.randn(2, len(chain), 1, 4, 4, generator=draw)
     t, labels = torch.arange(len(chain)), torch.arange(len(chain)) % 3
     network = Recorder(lambda x, t: x)
-    ConsistencyObjective(chain, 9, Teacher(x0), guidance)(network, x0, t, eps, False, 0.3, class_labels=labels)
+    ConsistencyObjective(chain, 9, Teacher(x0), 3, guidance)(network, x0, t, eps, False, 0.3, class_labels=labels)
     r = earlier_timestep(sigmas(chain), t, 3)
     x_t, (x_r, seen) = chain.add_noise(x0, eps, t), network.seen
     signal, noise = (part.view(-1, 1, 1, 1).sqrt() for part in (chain.alpha_bar(t), 1 - chain.alpha_bar(t)))
@@ -242,14 +239,14 @@ def test_a_guided_target_lies_where_a_step_of_ddim_with_guidance_goes(chain, gui
 def test_where_the_target_is_the_image_it_is_the_guided_one(batch):
     x0, _, eps = batch
     t, labels = torch.tensor([1, 5, 10, 15, 20, 25]), torch.tensor([0, 1, 2, 0, 1, 2])
-    objective = ConsistencyObjective(CHAINS[0], 4, Teacher(x0), 3.0)
+    objective = ConsistencyObjective(CHAINS[0], 4, Teacher(x0), 3, 3.0)
     network = Denoiser(lambda x, t: -0.2 + 3 * (x0 + 0.2))
     assert objective(network, x0, t, eps, class_labels=labels).max() < 1e-6
 
 
 def test_images_without_a_class_have_no_guidance(batch):
     x0, t, eps = batch
-    objectives = ConsistencyObjective(CHAINS[0]), ConsistencyObjective(CHAINS[0], 4, Teacher(x0), 3.0)
+    objectives = ConsistencyObjective(CHAINS[0]), ConsistencyObjective(CHAINS[0], 4, Teacher(x0), 3, 3.0)
     labels = torch.full((6,), 3)
     losses = [objective(Denoiser(lambda x, t: x), x0, t, eps, class_labels=labels) for objective in objectives]
     torch.testing.assert_close(*losses)

@@ -13,6 +13,7 @@ from ddpm_pipe.consistency import ConsistencyObjective
 from ddpm_pipe.data.memory import ImageData
 from ddpm_pipe.data.stream import ImageStream
 from ddpm_pipe.objective import Objective
+from ddpm_pipe.pipeline import null_class
 from ddpm_pipe.pretrained import NETWORKS
 from ddpm_pipe.randomness import derive_seed
 from ddpm_pipe.schedulers import LEARNED_VARIANCES, DDPMScheduler
@@ -125,5 +126,6 @@ def make_sampler(config: LossConfig, scheduler: DDPMScheduler) -> SchedulerMixin
 def make_objective(config: LossConfig, scheduler: DDPMScheduler, teacher: ModelMixin | None = None) -> TrainingLoss:
     """Build the training loss; `teacher` is the model whose guidance a student learns."""
     if config.objective == "consistency":
-        return ConsistencyObjective(scheduler, config.consistency_stages, teacher, config.consistency_guidance)
+        null = None if teacher is None else null_class(teacher)
+        return ConsistencyObjective(scheduler, config.consistency_stages, teacher, null, config.consistency_guidance)
     return Objective(scheduler, config.loss, config.loss_weight, config.loss_gamma, config.loss_k, config.vlb_weight)
