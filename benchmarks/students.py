@@ -35,14 +35,14 @@ def train_once(config: TrainConfig) -> str:
     return str(pipeline if pipeline.exists() else train(config.replace(overwrite=True)))
 
 
-def samplers(teacher: str, student: str) -> dict[str, SampleConfig]:
+def samplers(teacher: str, student: str, guidance: float = 1.0) -> dict[str, SampleConfig]:
     """The rows of the table -> how their images are drawn; a TimestepsConfig is searched first."""
     common: dict[str, Any] = {"batch_size": 100, "class_labels": "balanced"}
     rows: dict[str, SampleConfig] = {}
     for steps, searched in TEACHER:
         name = f"teacher, {'searched' if searched else 'DPM-Solver++'}, {steps}"
         kind = TimestepsConfig if searched else SampleConfig
-        rows[name] = kind(model=teacher, scheduler="dpm++", steps=steps, **common)
+        rows[name] = kind(model=teacher, scheduler="dpm++", steps=steps, guidance_scale=guidance, **common)
     return rows | {f"student, {steps}": SampleConfig(model=student, steps=steps, **common) for steps in STUDENT}
 
 
@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--preset", type=Path, default=PRESETS["fashion_mnist"])
     parser.add_argument("--data", default=BUNDLED)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--guidance", type=float, default=1.0, help="of the teacher, which the student learns")
     parser.add_argument("--images", type=int, default=1000, help="images that are compared")
     parser.add_argument("--runs", type=Path, default=Path("students"), help="where the runs are kept")
     parser.add_argument("--results", type=Path, default=Path("students.jsonl"))
@@ -85,10 +86,10 @@ def main() -> None:
     for seed in options.seeds:
         config = base.replace(seed=seed, output_dir=str(options.runs / f"teacher-{seed}"))
         teacher = train_once(config)
-        tuning = config.replace(init_from=teacher, output_dir=str(options.runs / f"student-{seed}"), **STUDENT_KEYS)
-        student = train_once(tuning)
+        keys = STUDENT_KEYS | {"init_from": teacher, "consistency_guidance": options.guidance}
+        student = train_once(config.replace(output_dir=str(options.runs / f"student-{seed}"), **keys))
         done = {line["sampler"] for line in read_lines(options.results) if line["seed"] == seed}
-        for name, sampling in samplers(teacher, student).items():
+        for name, sampling in samplers(teacher, student, options.guidance).items():
             if name not in done:
                 append(options.results, {"sampler": name, "seed": seed} | measure(bench, sampling))
     show(read_lines(options.results))
