@@ -1,7 +1,7 @@
 """A model and its tuned student in few steps: `python benchmarks/few_steps.py <teacher> <student>`, both pipelines.
 
-Draws docs/few_steps.png: a row for each number of steps, and in each row the same seeds and classes. `--guidance` is
-that of the teacher, where the student has learned it.
+Draws docs/few_steps.png: a row for each number of steps, and in each row the same seeds and classes. With the
+`--guidance` of the teacher that the student has learned, it draws docs/guided.png.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def draw_row(model: str, scheduler: str | None, steps: int, count: int, guidance
     return [image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST) for image in pixels]
 
 
-def main(teacher: str, student: str, output: str, count: int, guidance: float) -> None:
+def main(teacher: str, student: str, count: int, guidance: float) -> None:
     rows = [("teacher, DPM-Solver++", teacher, "dpm++", steps, guidance) for steps in (1, 2, 4, 20)]
     rows += [("student", student, None, steps, 1.0) for steps in (1, 2, 4)]
     drawn = [draw_row(model, scheduler, steps, count, scale) for _, model, scheduler, steps, scale in rows]
@@ -39,14 +39,13 @@ def main(teacher: str, student: str, output: str, count: int, guidance: float) -
     for i, (name, _, _, steps, _) in enumerate(rows):
         place = (6, (i + 0.5) * grid.height / len(rows))
         ImageDraw.Draw(picture).text(place, f"{name}, {steps}", fill="black", anchor="lm", font_size=14)
-    picture.save(output)
+    picture.save("docs/few_steps.png" if guidance == 1 else "docs/guided.png")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("teacher", help="pipeline folder")
     parser.add_argument("student", help="pipeline folder")
-    parser.add_argument("--output", default="docs/few_steps.png")
     parser.add_argument("--guidance", type=float, default=1.0, help="scale of the teacher's guidance")
     parser.add_argument("--count", type=int, default=10, help="images in a row")
     torch.set_num_threads(1)
