@@ -360,8 +360,10 @@ def test_a_run_that_learns_guidance_is_another_and_draws_its_grids_without(recip
 
 
 @pytest.mark.slow
-def test_two_processes_are_the_same_run_as_one(recipe):
-    one, two = recipe("one", **TUNED), recipe("two", **TUNED)
+@pytest.mark.parametrize("guided", [False, True])
+def test_two_processes_are_the_same_run_as_one(recipe, teacher, guided):
+    options = GUIDED | {"init_from": str(teacher)} if guided else TUNED
+    one, two = recipe("one", **options), recipe("two", **options)
     train(one)
     done = launch(write_config(two), processes=2)
     assert done.returncode == 0, done.stderr
