@@ -2,7 +2,8 @@
 
 An arm is a preset with some keys replaced, and the first arm of the file is the one that others are compared with. The
 milliseconds of a step of all arms are measured in turn, as processor time of one thread, and every arm then trains for
-as many steps as take as long as `--steps` of the first. So what else the machine does does not matter.
+as many steps as take as long as `--steps` of the first. So what else the machine does does not matter. With `--equal
+images` every arm sees as many images as the first instead.
 
 Each trained model draws images, as many of each class, without guidance. Every judge (see judges.py) then compares
 them with the training images, and the loss is measured on the test images. Each result is a line of a file, and a
@@ -160,6 +161,7 @@ def main() -> None:
     parser.add_argument("--preset", type=Path, default=PRESETS["fashion_mnist"])
     parser.add_argument("--data", default=BUNDLED)
     parser.add_argument("--steps", type=int, default=1000, help="compute of every arm, in steps of the first")
+    parser.add_argument("--equal", choices=("compute", "images"), default="compute", help="what all arms have alike")
     parser.add_argument("--images", type=int, default=1000, help="images that each trained model draws")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--results", type=Path, default=Path("ablation.jsonl"))
@@ -174,7 +176,8 @@ def main() -> None:
     seconds = seconds_per_step(arms) if wanted else {}
     bench = Bench(options.data, options.judges, options.images)
     for arm, seed in wanted:
-        steps = round(options.steps * seconds[first] / seconds[arm])
+        cost = seconds if options.equal == "compute" else {name: arms[name].batch_size for name in arms}
+        steps = round(options.steps * cost[first] / cost[arm])
         with tempfile.TemporaryDirectory() as scratch:
             folder = (options.keep or Path(scratch)) / f"{arm}-{options.steps}-{seed}"
             config = stretched(arms[arm], steps).replace(seed=seed, output_dir=str(folder), overwrite=True)
