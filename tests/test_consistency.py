@@ -357,6 +357,8 @@ def test_a_run_that_learns_guidance_is_another_and_draws_its_grids_without(recip
     assert any((final_state(guided)[name] != weights).any() for name, weights in final_state(plain).items())
     assert guided.grid_guidance == 1.0 and plain.grid_guidance == 3.0
     assert not Run(plain.output_dir).teacher.exists()
+    with one_sentence("teacher.safetensors, the teacher whose guidance this run learns, cannot be read"):
+        train(plain.replace(resume=True, steps=3, consistency_guidance=2.0))
 
 
 @pytest.mark.slow

@@ -85,11 +85,10 @@ def run_steps(config: TrainConfig, accelerator: Accelerator, run: Run, interrupt
         print_changes(config, run)
     scheduler = make_scheduler(config)
     unet = make_unet(config, data)
-    start = teacher = None
-    if source is not None:
-        start = start_from(source, unet, config)
-        teacher = first_teacher(config, unet, start["told"]) if source.weights else kept_teacher(config, unet, run)
+    start = None if source is None else start_from(source, unet, config)
+    is_new = source is not None and bool(source.weights)
     del source  # its weights are copied
+    teacher = first_teacher(config, unet, start["told"]) if start and is_new else kept_teacher(config, unet, run)
     objective = make_objective(config, scheduler, prepared(teacher, accelerator))
     state = TrainState(config, unet, accelerator)
     first = state.restore(run, settled.last) if config.resume else 0
