@@ -97,6 +97,7 @@ def run(name: str, argv: list[str], defaults: dict[str, Any]) -> None:
     config = configure(name, argv, defaults)
     load("launch:use_all_cores")()
     load(COMMANDS[name].function)(config)
+    load("launch:leave")()
 
 
 def configure(name: str, argv: list[str], defaults: dict[str, Any]) -> Config:

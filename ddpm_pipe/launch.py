@@ -23,6 +23,13 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
 
 
+def leave() -> None:
+    """Leave the other processes of this launch, if there are any; threads of gloo at times abort a process that ends
+    without this."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def local_processes() -> int:
     """Return how many processes of this launch run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

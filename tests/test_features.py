@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ddpm_pipe.evaluation.config import EvaluateConfig
 from ddpm_pipe.evaluation.features import FILE, FeatureNetwork, extract, load_features, reference_features
 from ddpm_pipe.evaluation.metrics import frechet_distance
+from ddpm_pipe.launch import leave
 
 COUNT, SIZE = 23, 12  # not a multiple of any batch size below
 PIXELS = torch.randint(0, 256, (COUNT, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -425,3 +426,4 @@ def test_a_second_evaluation_waits_for_the_features_of_the_first(network, counte
 
 if __name__ == "__main__":
     take_part(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    leave()
