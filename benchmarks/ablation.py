@@ -138,7 +138,7 @@ def interval(values: list[float]) -> str:
     return f"{mean:.3g} ± {half:.2g}"
 
 
-def show(results: list[dict[str, Any]], names: list[str], budget: int) -> None:
+def show(results: list[dict[str, Any]], names: list[str], budget: str) -> None:
     """Print one row for each arm that has results of this budget."""
     results = [result for result in results if result["budget"] == budget]
     judged = [name for name in dict.fromkeys(key for result in results for key in result) if " " in name]
@@ -150,7 +150,7 @@ def show(results: list[dict[str, Any]], names: list[str], budget: int) -> None:
             steps = str(round(statistics.mean(result["steps"] for result in mine)))
             told = [interval([result[key] for result in mine]) for key in columns.values()]
             rows.append([name, str(len(mine)), f"{statistics.mean(r['ms'] for r in mine):.0f}", steps, *told])
-    table(f"{budget} steps of the first arm", ["arm", "seeds", "ms", "steps", *columns], rows)
+    table(f"{budget} of the first arm", ["arm", "seeds", "ms", "steps", *columns], rows)
 
 
 def main() -> None:
@@ -170,13 +170,14 @@ def main() -> None:
     torch.set_num_threads(1)
     changes = yaml.safe_load(options.arms.read_text())
     first = next(iter(changes))
-    done = {(line["arm"], line["seed"]) for line in read_lines(options.results) if line["budget"] == options.steps}
+    budget = f"{options.steps} steps" if options.equal == "compute" else f"the images of {options.steps} steps"
+    done = {(line["arm"], line["seed"]) for line in read_lines(options.results) if line["budget"] == budget}
     wanted = [(arm, seed) for seed in options.seeds for arm in options.only or changes if (arm, seed) not in done]
     arms = {name: make_arm(changes[name], options.preset, options.data) for name in [first, *dict(wanted)]}
     seconds = seconds_per_step(arms) if wanted else {}
     bench = Bench(options.data, options.judges, options.images)
+    cost = seconds if options.equal == "compute" else {name: arms[name].batch_size for name in arms}
     for arm, seed in wanted:
-        cost = seconds if options.equal == "compute" else {name: arms[name].batch_size for name in arms}
         steps = round(options.steps * cost[first] / cost[arm])
         with tempfile.TemporaryDirectory() as scratch:
             folder = (options.keep or Path(scratch)) / f"{arm}-{options.steps}-{seed}"
@@ -187,9 +188,9 @@ def main() -> None:
             sampling = SampleConfig(model=str(trained), **SAMPLER)
             pipeline = pipeline_for(sampling)
             judged = bench.compare(bench.draw(pipeline, sampling)) | bench.held_out(config, pipeline.unet)
-        line = {"arm": arm, "seed": seed, "budget": options.steps, "images": options.images} | used | judged
+        line = {"arm": arm, "seed": seed, "budget": budget, "images": options.images} | used | judged
         append(options.results, line)
-    show(read_lines(options.results), list(changes), options.steps)
+    show(read_lines(options.results), list(changes), budget)
 
 
 if __name__ == "__main__":

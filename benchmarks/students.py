@@ -35,7 +35,7 @@ def train_once(config: TrainConfig) -> str:
     return str(pipeline if pipeline.exists() else train(config.replace(overwrite=True)))
 
 
-def samplers(teacher: str, student: str, guidance: float = 1.0) -> dict[str, SampleConfig]:
+def samplers(teacher: str, student: str, guidance: float) -> dict[str, SampleConfig]:
     """The rows of the table -> how their images are drawn; a TimestepsConfig is searched first."""
     common: dict[str, Any] = {"batch_size": 100, "class_labels": "balanced"}
     rows: dict[str, SampleConfig] = {}
@@ -69,6 +69,11 @@ def show(results: list[dict[str, Any]]) -> None:
     table("Few steps", ["sampler, steps", "seeds", "ms per image", *judged], rows)
 
 
+def lines_of(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The results of this guidance."""
+    return [line for line in read_lines(options.results) if line["guidance"] == options.guidance]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--judges", nargs="+", required=True, help="files of feature networks")
@@ -87,12 +92,17 @@ def main() -> None:
         config = base.replace(seed=seed, output_dir=str(options.runs / f"teacher-{seed}"))
         teacher = train_once(config)
         keys = STUDENT_KEYS | {"init_from": teacher, "consistency_guidance": options.guidance}
-        student = train_once(config.replace(output_dir=str(options.runs / f"student-{seed}"), **keys))
-        done = {line["sampler"] for line in read_lines(options.results) if line["seed"] == seed}
+        student = train_once(
+            config.replace(output_dir=str(options.runs / f"student-{seed}-{options.guidance:g}"), **keys)
+        )
+        done = {line["sampler"] for line in lines_of(options) if line["seed"] == seed}
         for name, sampling in samplers(teacher, student, options.guidance).items():
             if name not in done:
-                append(options.results, {"sampler": name, "seed": seed} | measure(bench, sampling))
-    show(read_lines(options.results))
+                append(
+                    options.results,
+                    {"sampler": name, "seed": seed, "guidance": options.guidance} | measure(bench, sampling),
+                )
+    show(lines_of(options))
 
 
 if __name__ == "__main__":

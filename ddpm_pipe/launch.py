@@ -26,7 +26,7 @@ def processes() -> PartialState:
 def leave() -> None:
     """Leave the other processes of this launch, if there are any; threads of gloo at times abort a process that ends
     without this."""
-    if torch.distributed.is_initialized():
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 

@@ -407,16 +407,22 @@ def find_label_column(dataset: AnyDataset, name: str | None = None) -> str:
         if name not in features:
             raise DataError(f"label_column={name!r} is not in the data; its columns are {columns}.")
         return name
-    found = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    found = _class_columns(dataset)
     if len(found) != 1:
         raise DataError(f"{len(found)} columns hold class labels; name one with label_column (columns: {columns}).")
-    return found[0]
+    return next(iter(found))
 
 
 def unused_classes(dataset: AnyDataset) -> tuple[str, ...]:
     """Return the names of the classes that a run without labels leaves out; () where there is no one column of them."""
-    found = [feature for feature in (dataset.features or {}).values() if isinstance(feature, datasets.ClassLabel)]
+    found = list(_class_columns(dataset).values())
     return tuple(found[0].names) if len(found) == 1 and found[0].num_classes > 1 else ()
+
+
+def _class_columns(dataset: AnyDataset) -> dict[str, datasets.ClassLabel]:
+    """Return the columns of class labels, by name."""
+    features = dataset.features or {}
+    return {column: feature for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
 
 
 def read_labels(dataset: datasets.Dataset, column: str) -> tuple[Tensor, tuple[str, ...]]:

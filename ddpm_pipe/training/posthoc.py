@@ -131,11 +131,10 @@ def held_out_losses(run: Run, pipelines: list[Path]) -> dict[Path, float]:
     """
     config, state = TrainConfig(**run.read_config()), processes()
     _, held_out = load_training_images(config, state)
-    teacher = kept_teacher(config, DDPMPipeline.from_pretrained(pipelines[0]).unet.to(state.device), run)
-    objective = make_objective(config, make_scheduler(config), teacher)
     losses = {}
     for pipeline in pipelines:
         unet = DDPMPipeline.from_pretrained(pipeline).unet.to(state.device)
+        objective = make_objective(config, make_scheduler(config), kept_teacher(config, unet, run))
         sums = held_out_sums(config, unet, objective, held_out, state.device)
         losses[pipeline] = named_means("held_out_loss", sums)["held_out_loss"]
     return losses
